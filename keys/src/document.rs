@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use crate::id::check_name;
 use crate::json::{self, JsonError};
-use crate::limits::ENVELOPE_BYTES;
+use crate::limits::PAYLOAD_BYTES;
 use crate::time::Timestamp;
 
 /// Why a payload is not the document that its type says.
@@ -60,14 +60,15 @@ pub(crate) trait Document: Serialize + DeserializeOwned {
             #[serde(default)]
             crit: Vec<String>,
         }
-        let Crit { crit } = json::from_slice(payload)?;
+        json::check(payload)?;
+        let Crit { crit } = json::parse_checked(payload)?;
         if let Some(unknown) = crit
             .iter()
             .find(|name| !Self::FIELDS.contains(&name.as_str()))
         {
             return Err(DocumentError::Critical(unknown.chars().take(64).collect()));
         }
-        let document: Self = json::from_slice(payload)?;
+        let document: Self = json::parse_checked(payload)?;
         document.validate()?;
         Ok(document)
     }
@@ -76,10 +77,10 @@ pub(crate) trait Document: Serialize + DeserializeOwned {
     /// same bytes, and they parse back.
     fn to_payload(&self) -> Result<Vec<u8>, DocumentError> {
         let payload = serde_json::to_vec(self).map_err(JsonError::from)?;
-        if payload.len() > ENVELOPE_BYTES {
+        if payload.len() > PAYLOAD_BYTES {
             return Err(DocumentError::TooLong {
                 got: payload.len(),
-                limit: ENVELOPE_BYTES,
+                limit: PAYLOAD_BYTES,
             });
         }
         Self::from_payload(&payload)?;

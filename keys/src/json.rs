@@ -27,6 +27,11 @@ pub enum JsonError {
 /// Parses one document: first strictly as any JSON, then into `T`.
 pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
     check(bytes)?;
+    parse_checked(bytes)
+}
+
+/// Parses what has passed [`check`].
+pub(crate) fn parse_checked<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, JsonError> {
     Ok(serde_json::from_slice(bytes)?)
 }
 

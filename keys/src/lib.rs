@@ -7,6 +7,7 @@
 //! A [`Verified`] document exists only where its signatures reached the threshold: the type has no other constructor.
 
 #![forbid(unsafe_code)]
+#![deny(missing_docs)]
 
 pub mod admit;
 pub mod clock;

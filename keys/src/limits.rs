@@ -7,6 +7,10 @@ pub const ID_BYTES: usize = 64;
 /// A DSSE envelope. A root document with 200 keys is 50 KiB; a message of the device stream is at most 64 KiB as well.
 pub const ENVELOPE_BYTES: usize = 64 * 1024;
 
+/// A payload that we write, so that its envelope stays below [`ENVELOPE_BYTES`]: 45 KiB are 60 KiB in base64, 16
+/// signatures with their key ids another 3 KiB.
+pub const PAYLOAD_BYTES: usize = 45 * 1024;
+
 /// Signatures in one envelope: 5 of 9 key holders with room for keys that are being replaced. With [`ROLE_KEYS`] it
 /// bounds the work on a hostile envelope to 256 signature checks, some 10 ms.
 pub const SIGNATURES: usize = 16;

@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 use semver::Version;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::document::{Document, DocumentError, check_label, check_text, check_times};
 use crate::dsse::{Envelope, PayloadType, pae};
 use crate::id::{Channel, FileId, HwId, Product, ReleaseId, parse_hex32};
 use crate::limits::{
-    ENCODINGS, HW_RANGES, RELEASE_PAE_BYTES, URL_BYTES, VERSION_BYTES, WINDOW_LOG,
+    ENCODINGS, HW_RANGES, ID_BYTES, RELEASE_PAE_BYTES, URL_BYTES, VERSION_BYTES, WINDOW_LOG,
 };
 use crate::revocation::RevocationVersion;
 use crate::time::Timestamp;
@@ -52,7 +52,8 @@ pub struct Release {
     /// Where people read about it; http or https.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advisory_url: Option<String>,
-    /// What is written. Exactly one for now.
+    /// What is written. Exactly one for now; a document with more is refused by their names.
+    #[serde(deserialize_with = "exactly_one")]
     pub components: Vec<Component>,
     /// Fields that a reader must understand or else refuse the document.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -198,18 +199,25 @@ impl Encoding {
 
 impl Release {
     /// The one component.
+    ///
+    /// # Panics
+    ///
+    /// On a value made by hand that has none; every parsed or verified release has exactly one.
     pub fn image(&self) -> &Component {
-        // Exactly one: `validate` ran before a value of `Verified<Release>` could exist.
-        &self.components[0]
+        let image = self.components.first();
+        image.expect("a validated release has one component")
     }
 
     /// The encoding of the image that changes nothing.
+    ///
+    /// # Panics
+    ///
+    /// On a value made by hand that has none; every parsed or verified release has exactly one.
     pub fn plain(&self) -> &Encoding {
-        let encodings = &self.image().encodings;
+        let mut encodings = self.image().encodings.iter();
         encodings
-            .iter()
             .find(|e| e.codec == Encoding::PLAIN)
-            .unwrap_or(&encodings[0])
+            .expect("a validated release has a plain encoding")
     }
 
     /// Every file that the release names, each once.
@@ -241,6 +249,25 @@ impl Release {
     /// The document in an envelope, still without signatures.
     pub fn to_envelope(&self) -> Result<Envelope, DocumentError> {
         Ok(Envelope::new(PayloadType::Release, self.to_payload()?))
+    }
+}
+
+/// Refuses more than one component by name, so that whoever reads the error knows what a newer agent would have installed.
+fn exactly_one<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Component>, D::Error> {
+    let components = Vec::<Component>::deserialize(deserializer)?;
+    let shown = |c: &Component| format!("{:?}", c.name.chars().take(ID_BYTES).collect::<String>());
+    match components.len() {
+        1 => Ok(components),
+        0 => Err(de::Error::custom(
+            "components: is empty; there must be exactly one",
+        )),
+        n => {
+            let names: Vec<String> = components.iter().take(4).map(shown).collect();
+            let names = names.join(", ");
+            Err(de::Error::custom(format_args!(
+                "components: there are {n} ({names}); exactly one is supported"
+            )))
+        }
     }
 }
 
@@ -307,23 +334,7 @@ impl Document for Release {
                 return Err(DocumentError::invalid("advisory_url", problem));
             }
         }
-        match self.components.as_slice() {
-            [one] => one.validate(),
-            [] => Err(DocumentError::invalid("components", "is empty")),
-            // Refused by name, so that whoever reads the error knows what a newer agent would have installed.
-            [_, more @ ..] => {
-                let names: Vec<String> = more
-                    .iter()
-                    .take(4)
-                    .map(|c| format!("{:?}", c.name.chars().take(64).collect::<String>()))
-                    .collect();
-                let problem = format!(
-                    "only one component is supported; there are also {}",
-                    names.join(", ")
-                );
-                Err(DocumentError::invalid("components", problem))
-            }
-        }
+        self.image().validate()
     }
 }
 

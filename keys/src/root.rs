@@ -175,7 +175,7 @@ impl Root {
     /// The version after this one, equal but for version and dates; to be changed and then signed by the keys of both.
     pub fn next(&self, issued: Timestamp, expires: Timestamp) -> Self {
         Self {
-            version: self.version + 1,
+            version: self.version.saturating_add(1),
             issued,
             expires,
             ..self.clone()
