@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs the whole test suite. Installs from the distribution what the tests need and is missing.
+#
+#   ./test.sh                everything
+#   ./test.sh --no-install   install nothing; name what is skipped instead
+#   ./test.sh -- PATTERN     only tests whose name contains PATTERN
+set -euo pipefail
+cd "$(dirname "$0")"
+
+install=yes
+while [ $# -gt 0 ]; do
+  case $1 in
+    --no-install) install=no ;;
+    --) shift; break ;;
+    -h | --help) sed -n '2,6p' "$0" | cut -c3-; exit 0 ;;
+    *) echo "test.sh: unknown option $1 (see ./test.sh --help)" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+# Command, Debian package, what it is for.
+needs=(
+  "cc gcc builds SQLite and the TLS library"
+  "openssl openssl checks our keys and certificates against another implementation"
+  "b3sum b3sum checks our file ids against another implementation"
+)
+missing=()
+for need in "${needs[@]}"; do
+  read -r command package reason <<<"$need"
+  command -v "$command" >/dev/null && continue
+  if [ "$install" = no ]; then
+    echo "test.sh: $command is missing ($reason): tests that need it are skipped" >&2
+  else
+    echo "test.sh: $command is missing ($reason): installing the package $package" >&2
+    missing+=("$package")
+  fi
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  as_root=()
+  [ "$(id -u)" = 0 ] || as_root=(sudo)
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${missing[@]}"
+fi
+command -v cargo >/dev/null || { echo "test.sh: cargo is missing; install Rust 1.95 or newer" >&2; exit 2; }
+
+# The end-to-end tests run the real binaries.
+cargo build --locked --workspace --bins
+if command -v cargo-nextest >/dev/null; then
+  cargo nextest run --locked --workspace --no-fail-fast "$@"
+else
+  cargo test --locked --workspace --no-fail-fast -- "$@"
+fi

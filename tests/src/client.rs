@@ -1,0 +1,124 @@
+//! A device written by hand on the generated client: it sends what it is told to, right or wrong.
+
+use std::sync::Arc;
+
+use fwpush_device::channel::{self, ChannelSettings, ConnectError, TcpDial};
+use fwpush_keys::{TrustDomain, tls};
+use fwpush_proto::v1::{
+    ClientMessage, DeviceFacts, FileChunk, FileRequest, RegisterRequest, RunningImage, ServerMessage,
+    client_message::Kind as FromDevice, file_service_client::FileServiceClient,
+    push_service_client::PushServiceClient, server_message::Kind as ToDevice,
+};
+use tokio::{sync::mpsc, time::timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Channel};
+
+use crate::{
+    site::{HW, PRODUCT, authorities, credentials},
+    wait::LONG,
+};
+
+/// Everything that a TLS client needs.
+#[derive(Clone, Debug)]
+pub struct Certificates {
+    pub certificate_pem: String,
+    pub key_pem: String,
+    pub node_ca_pem: String,
+    pub trust_domain: TrustDomain,
+}
+
+impl Certificates {
+    /// TLS settings under the present time.
+    pub fn tls(&self) -> Arc<rustls::ClientConfig> {
+        let credentials = credentials(&self.certificate_pem, &self.key_pem);
+        let time = Arc::new(rustls::time_provider::DefaultTimeProvider);
+        Arc::new(tls::client_config(credentials, authorities(&self.node_ca_pem), &self.trust_domain, time).unwrap())
+    }
+
+    /// Connects with large windows.
+    pub async fn connect(&self, server: &str) -> Result<Channel, ConnectError> {
+        let settings = ChannelSettings {
+            stream_window_bytes: 4 << 20,
+            connection_window_bytes: 16 << 20,
+            max_frame_bytes: 1 << 20,
+            ..ChannelSettings::default()
+        };
+        Ok(channel::connect(&settings, server, self.tls(), &TcpDial).await?.channel)
+    }
+}
+
+/// An open `Connect` stream.
+#[derive(Debug)]
+pub struct Stream {
+    pub send: mpsc::Sender<ClientMessage>,
+    pub receive: Streaming<ServerMessage>,
+}
+
+impl Stream {
+    /// Opens the stream; sends nothing.
+    pub async fn open(channel: Channel) -> Result<Self, Status> {
+        let (send, messages) = mpsc::channel(64);
+        let receive = PushServiceClient::new(channel).connect(ReceiverStream::new(messages)).await?.into_inner();
+        Ok(Self { send, receive })
+    }
+
+    /// Opens the stream and registers with plain facts; gives the session id.
+    pub async fn register(channel: Channel, id: &str) -> Result<(Self, String), Status> {
+        let mut stream = Self::open(channel).await?;
+        stream.say(FromDevice::Register(RegisterRequest { client_id: id.into(), facts: Some(facts()) })).await;
+        match stream.next().await? {
+            ToDevice::Registered(registered) => Ok((stream, registered.session_id)),
+            other => panic!("not registered: {other:?}"),
+        }
+    }
+
+    pub async fn say(&self, kind: FromDevice) {
+        // A stream that the server ended is noticed when it is read.
+        let _ = self.send.send(ClientMessage { kind: Some(kind) }).await;
+    }
+
+    /// The next message; the end of the stream without a status is an error.
+    pub async fn next(&mut self) -> Result<ToDevice, Status> {
+        let message = timeout(LONG, self.receive.message()).await.expect("the server says something")?;
+        let message = message.ok_or_else(|| Status::cancelled("the stream ended"))?;
+        Ok(message.kind.expect("a message has a kind"))
+    }
+
+    /// Reads until the server ends the stream; gives its status.
+    pub async fn end(&mut self) -> Status {
+        loop {
+            if let Err(status) = self.next().await {
+                return status;
+            }
+        }
+    }
+}
+
+/// Facts of a device of the tests' product and hardware on version 1.0.0.
+pub fn facts() -> DeviceFacts {
+    DeviceFacts {
+        state_id: uuid::Uuid::new_v4().simple().to_string(),
+        product: PRODUCT.into(),
+        hw_id: HW.into(),
+        hw_rev: 1,
+        channels: vec!["stable".into()],
+        agent_version: "0.1.0".into(),
+        current: Some(RunningImage { version: "1.0.0".into(), slot: "a".into(), confirmed: true, ..Default::default() }),
+        boot_id: uuid::Uuid::new_v4().to_string(),
+        boot_count: 1,
+        root_version: 1,
+        protocol_version: 1,
+        ..Default::default()
+    }
+}
+
+/// Downloads a range and gives its chunks.
+pub async fn download(channel: Channel, request: FileRequest) -> Result<Vec<FileChunk>, Status> {
+    let mut client = FileServiceClient::new(channel).max_decoding_message_size(8 << 20);
+    let mut stream = client.download_file(request).await?.into_inner();
+    let mut chunks = Vec::new();
+    while let Some(chunk) = timeout(LONG, stream.message()).await.expect("the download goes on")? {
+        chunks.push(chunk);
+    }
+    Ok(chunks)
+}

@@ -1,0 +1,175 @@
+//! A child process whose output is read line by line and which never outlives its test.
+
+use std::{
+    ffi::OsStr,
+    io::{BufRead as _, BufReader, Read},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::wait::LONG;
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    output: Arc<Output>,
+    name: String,
+}
+
+#[derive(Debug, Default)]
+struct Output {
+    lines: Mutex<Lines>,
+    more: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Lines {
+    all: Vec<String>,
+    /// Readers of stdout and stderr that have come to the end.
+    ended: usize,
+}
+
+/// What a finished program said.
+#[derive(Debug)]
+pub struct Finished {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Process {
+    /// Starts `program`; its stdout and stderr are collected together.
+    pub fn start(program: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        let mut command = Command::new(program);
+        command.args(args);
+        Self::spawn(command)
+    }
+
+    /// Starts a prepared command.
+    pub fn spawn(mut command: Command) -> Self {
+        let name = format!("{command:?}");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("start {name}: {error}"));
+        let output = Arc::new(Output::default());
+        collect(child.stdout.take().expect("piped"), output.clone());
+        collect(child.stderr.take().expect("piped"), output.clone());
+        Self { child, output, name }
+    }
+
+    /// Waits for a line that contains `words`, among those already there too, and gives it.
+    pub fn line_with(&self, words: &str) -> String {
+        self.line_after(0, words).1
+    }
+
+    /// Waits for a line with `words` at or after line number `from`; gives the number behind it, and the line.
+    pub fn line_after(&self, from: usize, words: &str) -> (usize, String) {
+        let until = Instant::now() + LONG;
+        let mut lines = self.output.lines.lock().unwrap();
+        loop {
+            let found = lines.all.iter().enumerate().skip(from).find(|(_, line)| line.contains(words));
+            if let Some((at, line)) = found {
+                return (at + 1, line.clone());
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let ended = lines.ended == 2;
+            assert!(!ended && !left.is_zero(), "{}: no line with {words:?} in:\n{}", self.name, lines.all.join("\n"));
+            lines = self.output.more.wait_timeout(lines, left.min(Duration::from_secs(1))).unwrap().0;
+        }
+    }
+
+    /// Everything printed so far.
+    pub fn lines(&self) -> Vec<String> {
+        self.output.lines.lock().unwrap().all.clone()
+    }
+
+    /// True while it runs.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < LONG, "{} does not end:\n{}", self.name, self.lines().join("\n"));
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+        if thread::panicking() {
+            eprintln!("---- {}\n{}", self.name, self.lines().join("\n"));
+        }
+    }
+}
+
+fn collect(from: impl Read + Send + 'static, output: Arc<Output>) {
+    thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(Result::ok) {
+            output.lines.lock().unwrap().all.push(line);
+            output.more.notify_all();
+        }
+        output.lines.lock().unwrap().ended += 1;
+        output.more.notify_all();
+    });
+}
+
+/// Runs a command to its end.
+pub fn run(mut command: Command) -> Finished {
+    let name = format!("{command:?}");
+    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("start {name}: {error}"));
+    Finished {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+impl Finished {
+    /// Panics unless it ended with exit code 0.
+    #[track_caller]
+    pub fn ok(self) -> Self {
+        assert_eq!(self.code, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+
+    /// The last line of stdout as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        let text = self.stdout.trim_end();
+        serde_json::from_str(text)
+            .or_else(|_| serde_json::from_str(text.lines().last().unwrap_or_default()))
+            .unwrap_or_else(|error| panic!("{error} in:\n{}\nstderr:\n{}", self.stdout, self.stderr))
+    }
+}

@@ -1,0 +1,264 @@
+//! A site: a directory made by `fwpush init`, with its server as a process of its own.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use fwpush_keys::{
+    DeviceId, TrustDomain,
+    tls::{Credentials, certificates_from_pem},
+};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::{
+    bins::bin,
+    client::Certificates,
+    process::{Finished, Process, run},
+};
+
+/// The product of every test.
+pub const PRODUCT: &str = "gateway";
+/// The hardware of every test, revision 1.
+pub const HW: &str = "board-a";
+
+/// A directory made by `fwpush init`, and its server while it runs.
+#[derive(Debug)]
+pub struct Site {
+    temp: TempDir,
+    server: Option<Process>,
+    pub devices: SocketAddr,
+    pub operators: SocketAddr,
+    pub metrics: SocketAddr,
+}
+
+/// An address nobody listens on at this moment.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+impl Site {
+    /// Makes a site on free ports; the server is not started.
+    pub fn new() -> Self {
+        let temp = TempDir::with_prefix("fwpush-test-").unwrap();
+        let site = Self {
+            devices: free_address(),
+            operators: free_address(),
+            metrics: free_address(),
+            temp,
+            server: None,
+        };
+        let init = site.fwpush_raw(&["init", site.dir().to_str().unwrap(), "--trust-domain", "test", "--product", PRODUCT]);
+        run(init).ok();
+        site.edit_config(|config| {
+            let listen = config["listen"].as_table_mut().unwrap();
+            listen.insert("devices".into(), site.devices.to_string().into());
+            listen.insert("operators".into(), site.operators.to_string().into());
+            listen.insert("metrics".into(), site.metrics.to_string().into());
+            listen.insert("advertise".into(), vec![site.devices.to_string()].into());
+            let limits = config.entry("limits").or_insert(toml::Table::new().into()).as_table_mut().unwrap();
+            // Tests reconnect often and wait for it.
+            limits.insert("reconnect_spread_s".into(), 0.into());
+            limits.insert("heartbeat_interval_s".into(), 5.into());
+        });
+        site.edit("operator/fwpush.toml", |config| {
+            config.insert("server".into(), site.operators.to_string().into());
+        });
+        site
+    }
+
+    /// Makes a site and starts its server.
+    pub fn started() -> Self {
+        let mut site = Self::new();
+        site.start();
+        site
+    }
+
+    /// The directory given to `fwpush init`.
+    pub fn dir(&self) -> PathBuf {
+        self.temp.path().join("site")
+    }
+
+    /// A place beside it, for images and devices.
+    pub fn temp(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Changes the server's configuration; takes effect at the next start or reload.
+    pub fn edit_config(&self, change: impl FnOnce(&mut toml::Table)) {
+        self.edit("server/fwpush.toml", change);
+    }
+
+    fn edit(&self, file: &str, change: impl FnOnce(&mut toml::Table)) {
+        let path = self.dir().join(file);
+        let mut config: toml::Table = fs::read_to_string(&path).unwrap().parse().unwrap();
+        change(&mut config);
+        fs::write(&path, config.to_string()).unwrap();
+    }
+
+    /// Starts the server and waits until it accepts connections.
+    pub fn start(&mut self) {
+        let mut command = Command::new(bin("fwpush"));
+        command.args(["serve", "--dir"]).arg(self.dir()).env("FWPUSH_LOG", "info");
+        let server = Process::spawn(command);
+        server.line_with("The server accepts connections");
+        self.server = Some(server);
+    }
+
+    /// The running server.
+    pub fn server(&mut self) -> &mut Process {
+        self.server.as_mut().expect("the server was started")
+    }
+
+    /// SIGKILL.
+    pub fn kill_server(&mut self) {
+        self.server().kill();
+    }
+
+    /// SIGTERM, and waits for the drain to end.
+    pub fn stop_server(&mut self) {
+        self.server().signal(Signal::TERM);
+        assert!(self.server().wait().success(), "{}", self.server().lines().join("\n"));
+    }
+
+    /// Runs `fwpush --dir DIR ARGS...` to its end.
+    pub fn fwpush(&self, args: &[&str]) -> Finished {
+        run(self.fwpush_raw(args))
+    }
+
+    /// The command that [`Self::fwpush`] runs.
+    pub fn fwpush_raw(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(bin("fwpush"));
+        if args.first() != Some(&"init") {
+            command.arg("--dir").arg(self.dir());
+        }
+        command.args(args).env_remove("FWPUSH_DIR").current_dir(self.temp.path());
+        command
+    }
+
+    /// An image of pseudo-random bytes; the same seed gives the same bytes.
+    pub fn image(&self, name: &str, bytes: usize, seed: u64) -> PathBuf {
+        let path = self.temp.path().join(name);
+        fs::write(&path, random_bytes(bytes, seed)).unwrap();
+        path
+    }
+
+    /// Releases `image` as `version` to every device and waits until the rollout is complete.
+    pub fn release(&self, image: &Path, version: &str) -> Finished {
+        self.fwpush(&self.release_args(image, version, &[]).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// As [`Self::release`], with more arguments.
+    pub fn release_with(&self, image: &Path, version: &str, more: &[&str]) -> Finished {
+        self.fwpush(&self.release_args(image, version, more).iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn release_args(&self, image: &Path, version: &str, more: &[&str]) -> Vec<String> {
+        let mut args = vec!["release", image.to_str().unwrap(), "--product", PRODUCT, "--version", version];
+        args.extend(["--hw", HW, "--yes"]);
+        if !more.contains(&"--to") {
+            args.extend(["--to", "all"]);
+        }
+        args.extend(more);
+        args.into_iter().map(str::to_owned).collect()
+    }
+
+    /// Adds a device with a working agent configuration; gives the directory with `agent.toml`.
+    pub fn add_device(&self, id: &str) -> PathBuf {
+        let dir = self.temp.path().join("devices").join(id);
+        fs::create_dir_all(dir.parent().unwrap()).unwrap();
+        let hw = format!("{HW}:1");
+        self.fwpush(&["device", "add", id, "--product", PRODUCT, "--hw", &hw, "--out", dir.to_str().unwrap()]).ok();
+        dir
+    }
+
+    /// Adds `count` devices for the simulator; gives its `--pki` directory.
+    pub fn add_fleet(&self, prefix: &str, count: usize) -> PathBuf {
+        let dir = self.temp.path().join(format!("fleet-{prefix}"));
+        let (hw, count) = (format!("{HW}:1"), count.to_string());
+        let args = ["device", "add", prefix, "--count", &count, "--product", PRODUCT, "--hw", &hw, "--out"];
+        let mut args = args.to_vec();
+        args.push(dir.to_str().unwrap());
+        self.fwpush(&args).ok();
+        dir
+    }
+
+    /// The certificates of a device that [`Self::add_device`] made.
+    pub fn device_certificates(&self, id: &str) -> Certificates {
+        let dir = self.temp.path().join("devices").join(id);
+        self.certificates(&dir.join("device.crt"), &dir.join("device.key"))
+    }
+
+    /// The operator's certificates.
+    pub fn operator_certificates(&self) -> Certificates {
+        let dir = self.dir().join("operator");
+        self.certificates(&dir.join("operator.crt"), &dir.join("operator.key"))
+    }
+
+    /// The node's own certificates: what an attacker has who took the server over.
+    pub fn node_certificates(&self) -> Certificates {
+        let dir = self.dir().join("server/pki");
+        self.certificates(&dir.join("node.crt"), &dir.join("node.key"))
+    }
+
+    fn certificates(&self, certificate: &Path, key: &Path) -> Certificates {
+        let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        Certificates {
+            certificate_pem: read(certificate),
+            key_pem: read(key),
+            node_ca_pem: read(&self.dir().join("server/pki/node-ca.crt")),
+            trust_domain: self.trust_domain(),
+        }
+    }
+
+    pub fn trust_domain(&self) -> TrustDomain {
+        "test".parse().unwrap()
+    }
+
+    /// What `fwpush device show` says, as JSON.
+    pub fn device(&self, id: &str) -> serde_json::Value {
+        self.fwpush(&["device", "show", id, "--json"]).ok().json()
+    }
+
+    /// The server's metrics.
+    pub fn metrics_text(&self) -> String {
+        use std::io::{Read as _, Write as _};
+        let mut tcp = std::net::TcpStream::connect(self.metrics).unwrap();
+        tcp.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        tcp.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+impl Default for Site {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Pseudo-random bytes; the same seed gives the same bytes.
+pub fn random_bytes(bytes: usize, seed: u64) -> Vec<u8> {
+    use rand::{RngExt as _, SeedableRng as _};
+    let mut content = vec![0; bytes];
+    rand::rngs::StdRng::seed_from_u64(seed).fill(&mut content[..]);
+    content
+}
+
+/// A device id.
+pub fn device_id(id: &str) -> DeviceId {
+    id.parse().unwrap()
+}
+
+/// Credentials of a pair of PEM texts.
+pub fn credentials(certificate: &str, key: &str) -> Credentials {
+    Credentials::from_pem(certificate, key).unwrap()
+}
+
+/// The certificates in a PEM text.
+pub fn authorities(pem: &str) -> Vec<rustls::pki_types::CertificateDer<'static>> {
+    certificates_from_pem(pem).unwrap()
+}

@@ -1,0 +1,26 @@
+//! Waiting for something to become true, with a generous limit: these machines are shared, noisy and have two cores.
+
+use std::{
+    fmt::Debug,
+    time::{Duration, Instant},
+};
+
+/// How long anything may take before a test calls it broken. Not a measure of speed.
+pub const LONG: Duration = Duration::from_secs(120);
+
+/// Asks `look` until it gives `Some`; panics with its last words after [`LONG`].
+pub async fn until<T, Seen: Debug, F>(what: &str, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, Seen>>,
+{
+    let start = Instant::now();
+    loop {
+        match look().await {
+            Ok(found) => return found,
+            Err(seen) => {
+                assert!(start.elapsed() < LONG, "waited {LONG:?} for {what}; last seen: {seen:?}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
