@@ -62,3 +62,58 @@ impl TrustedClock {
         self.build.saturating_add(YEAR * RTC_TRUST_YEARS)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUILD: Timestamp = Timestamp::from_ms(1_767_225_600_000); // 2026-01-01
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().expect("a time")
+    }
+
+    #[test]
+    fn a_clock_in_1970_or_2100_is_not_believed() {
+        let mut clock = TrustedClock::new(BUILD, None);
+        clock.raise(at("2027-06-01T00:00:00Z"));
+        for wrong in [
+            "1970-01-01T00:00:00Z",
+            "2027-05-31T00:00:00Z",
+            "2100-01-01T00:00:00Z",
+        ] {
+            assert_eq!(clock.judge(at(wrong)), clock.bound(), "{wrong}");
+        }
+        assert_eq!(clock.judge(Timestamp::from_ms(i64::MIN)), clock.bound());
+        assert_eq!(clock.judge(Timestamp::from_ms(i64::MAX)), clock.bound());
+    }
+
+    #[test]
+    fn a_plausible_clock_is_believed_and_leaves_no_trace() {
+        let clock = TrustedClock::new(BUILD, None);
+        let plausible = at("2045-12-31T00:00:00Z");
+        assert_eq!(clock.judge(plausible), plausible);
+        assert_eq!(clock.bound(), BUILD);
+    }
+
+    #[test]
+    fn the_bound_only_rises() {
+        let issued = at("2027-01-01T00:00:00Z");
+        let mut clock = TrustedClock::new(BUILD, Some(issued));
+        assert_eq!(clock.bound(), issued);
+        assert!(!clock.raise(BUILD));
+        assert!(!clock.raise(issued));
+        assert!(clock.raise(at("2027-01-01T00:00:01Z")));
+        // A newer image was built after all that was seen.
+        let rebuilt = TrustedClock::new(at("2030-01-01T00:00:00Z"), Some(clock.bound()));
+        assert_eq!(rebuilt.bound(), at("2030-01-01T00:00:00Z"));
+    }
+
+    #[test]
+    fn a_document_from_the_far_future_cannot_take_the_present_away() {
+        let mut clock = TrustedClock::new(BUILD, Some(at("9999-01-01T00:00:00Z")));
+        assert_eq!(clock.bound(), BUILD);
+        assert!(!clock.raise(at("2046-01-02T00:00:00Z")));
+        assert!(clock.raise(at("2045-12-31T00:00:00Z")));
+    }
+}

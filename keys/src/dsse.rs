@@ -286,3 +286,6 @@ fn decode(what: &'static str, text: &str) -> Result<Vec<u8>, DsseError> {
     };
     engine.decode(text).map_err(|_| DsseError::Base64(what))
 }
+
+#[cfg(test)]
+mod tests;

@@ -143,3 +143,57 @@ fn explain_io(kind: io::ErrorKind) -> Option<&'static str> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("transport error")]
+    struct Transport(#[source] Box<dyn Error + Send + Sync>);
+
+    fn wrapped(error: rustls::Error) -> Transport {
+        // As a client sees it: transport, hyper, io, rustls.
+        let io = io::Error::new(io::ErrorKind::InvalidData, error);
+        Transport(Box::new(Transport(Box::new(io))))
+    }
+
+    #[test]
+    fn the_reason_is_found_under_layers_of_transport_errors() {
+        let refused = wrapped(rustls::Error::AlertReceived(AlertDescription::UnknownCA));
+        assert_eq!(
+            explain(&refused),
+            "the other side refused our certificate: it was signed by an authority that is not trusted there"
+        );
+        let none = wrapped(rustls::Error::NoCertificatesPresented);
+        assert_eq!(explain(&none), "the other side presented no certificate");
+        let required = wrapped(rustls::Error::AlertReceived(
+            AlertDescription::CertificateRequired,
+        ));
+        assert!(explain(&required).contains("none was sent"));
+    }
+
+    #[test]
+    fn our_own_refusals_are_given_in_their_own_words() {
+        let words = crate::tls::PeerRefused::Ambiguous;
+        let error = CertificateError::Other(rustls::OtherError(Arc::new(words.clone())));
+        assert!(explain(&wrapped(error.into())).ends_with(&words.to_string()));
+    }
+
+    #[test]
+    fn network_errors_are_explained() {
+        let refused = Transport(Box::new(io::Error::from(io::ErrorKind::ConnectionRefused)));
+        assert!(explain(&refused).contains("nothing listens"));
+    }
+
+    #[test]
+    fn what_is_not_known_is_told_in_full() {
+        let plain = Transport("deep down".into());
+        assert_eq!(explain(&plain), "transport error: deep down");
+        // A layer that only repeats the one above says nothing.
+        let twice = Transport(Box::new(plain));
+        assert_eq!(error_text(&twice), "transport error: deep down");
+    }
+}

@@ -333,3 +333,107 @@ pub(crate) fn parse_hex32(text: &str) -> Option<[u8; 32]> {
     hex::decode_to_slice(text, &mut bytes).ok()?;
     Some(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_allowed_characters_are_taken() {
+        let longest = "x".repeat(64);
+        for text in ["a", "A.b_c-9", "...", "-", "_", &longest] {
+            let id: DeviceId = text.parse().expect(text);
+            assert_eq!(id.as_str(), text);
+            assert_eq!(id.to_string(), text);
+        }
+    }
+
+    #[test]
+    fn names_that_could_mean_something_elsewhere_are_refused() {
+        let too_long = "x".repeat(65);
+        for (text, problem) in [
+            ("", IdProblem::Empty),
+            (".", IdProblem::Dots),
+            ("..", IdProblem::Dots),
+            ("a/b", IdProblem::Character('/')),
+            ("../x", IdProblem::Character('/')),
+            ("a\0", IdProblem::Character('\0')),
+            ("a\n", IdProblem::Character('\n')),
+            ("\u{1b}[2J", IdProblem::Character('\u{1b}')),
+            ("a b", IdProblem::Character(' ')),
+            ("a%2f", IdProblem::Character('%')),
+            ("ä", IdProblem::Character('ä')),
+            ("\u{202e}a", IdProblem::Character('\u{202e}')),
+            (&too_long, IdProblem::TooLong(65)),
+        ] {
+            let error = text.parse::<Product>().expect_err(text);
+            assert_eq!(error.problem, problem, "{text:?}");
+            let shown = error.to_string();
+            assert!(shown.starts_with("product "), "{shown}");
+            assert!(!shown.chars().any(char::is_control), "{shown:?}");
+        }
+        let huge = "x".repeat(10_240);
+        let shown = huge.parse::<DeviceId>().expect_err("10 KB").to_string();
+        assert!(shown.len() < 100, "the text is not repeated: {shown}");
+    }
+
+    #[test]
+    fn names_are_checked_when_they_are_deserialised() {
+        let id: HwId = serde_json::from_str(r#""board-a""#).expect("valid");
+        assert_eq!(
+            serde_json::to_string(&id).expect("a string"),
+            r#""board-a""#
+        );
+        serde_json::from_str::<HwId>(r#""board a""#).expect_err("a space");
+    }
+
+    #[test]
+    fn uuids_have_one_spelling_and_version_7() {
+        let now = Timestamp::from_ms(1_767_225_600_123);
+        let id = ReleaseId::from_parts(now, [0xff; 10]);
+        let text = id.to_string();
+        assert_eq!(text, "019b76da-a87b-7fff-bfff-ffffffffffff");
+        assert_eq!(text.parse(), Ok(id));
+        for other in [
+            text.to_uppercase(),
+            text.replace('-', ""),
+            format!("{{{text}}}"),
+            format!("urn:uuid:{text}"),
+            format!(" {text}"),
+            String::new(),
+        ] {
+            let error = other.parse::<ReleaseId>().expect_err(&other);
+            assert_eq!(error.problem, IdProblem::NotUuid);
+        }
+        let version_4 = text.replace("-7fff-", "-4fff-");
+        let error = version_4.parse::<RolloutId>().expect_err("version 4");
+        assert_eq!(error.problem, IdProblem::NotVersion7);
+    }
+
+    #[test]
+    fn uuids_sort_by_time_and_differ_at_the_same_time() {
+        let (early, late) = (Timestamp::from_ms(1), Timestamp::from_ms(2));
+        assert!(ReleaseId::from_parts(early, [0xff; 10]) < ReleaseId::from_parts(late, [0; 10]));
+        assert_ne!(RolloutId::new_v7(early), RolloutId::new_v7(early));
+        // Before 1970 there are no such ids; the first one serves.
+        ReleaseId::new_v7(Timestamp::from_ms(-1));
+    }
+
+    #[test]
+    fn a_file_id_is_what_b3sum_prints() {
+        let text = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262";
+        assert_eq!(FileId::of(b"").to_string(), text);
+        assert_eq!(text.parse(), Ok(FileId::of(b"")));
+        for other in [
+            text.to_uppercase(),
+            text[1..].to_owned(),
+            format!("{text}00"),
+            format!("{text}\n"),
+            "g".repeat(64),
+            "ä".repeat(32),
+        ] {
+            let error = other.parse::<FileId>().expect_err(&other);
+            assert_eq!(error.problem, IdProblem::NotHex);
+        }
+    }
+}

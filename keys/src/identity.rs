@@ -216,3 +216,68 @@ impl fmt::Display for Identity {
         f.pad(&self.uri())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_has_one_spelling() {
+        for role in Role::ALL {
+            let domain: TrustDomain = "example".parse().expect("valid");
+            let identity = Identity::new(domain, role, "dev-1").expect("valid");
+            assert_eq!(identity.uri(), format!("fwpush://example/{role}/dev-1"));
+            assert_eq!(Identity::from_uri(&identity.uri()), Ok(identity));
+        }
+        let longest = format!("fwpush://{}/operator/{}", "d".repeat(64), "i".repeat(64));
+        assert_eq!(longest.len(), IDENTITY_URI_BYTES);
+        assert_eq!(Identity::from_uri(&longest).expect("fits").uri(), longest);
+    }
+
+    #[test]
+    fn other_spellings_are_refused() {
+        let huge = format!("fwpush://example/device/{}", "x".repeat(10_240));
+        for uri in [
+            "",
+            "fwpush:",
+            "fwpush://",
+            "fwpush://example",
+            "fwpush://example/device",
+            "fwpush://example/device/",
+            "fwpush://example//dev-1",
+            "fwpush:///device/dev-1",
+            "fwpush://example/device/dev-1/",
+            "fwpush://example/device/dev-1/x",
+            "fwpush://example/device/..",
+            "fwpush://example/device/dev%2D1",
+            "fwpush://example/device/dev-1?x",
+            "fwpush://example/device/dev-1#x",
+            "fwpush://user@example/device/dev-1",
+            "fwpush://example:1/device/dev-1",
+            "fwpush://example/Device/dev-1",
+            "fwpush://example/root/dev-1",
+            "FWPUSH://example/device/dev-1",
+            "spiffe://example/device/dev-1",
+            " fwpush://example/device/dev-1",
+            "fwpush://example/device/dev-1\n",
+            &huge,
+        ] {
+            let error = Identity::from_uri(uri).expect_err(uri);
+            assert_eq!(error.code(), "IDENTITY_MALFORMED", "{uri}");
+        }
+    }
+
+    #[test]
+    fn garbage_is_no_certificate() {
+        for der in [vec![], vec![0x30], vec![0xff; 1000]] {
+            assert_eq!(
+                Identity::from_certificate(&der),
+                Err(IdentityError::Malformed)
+            );
+        }
+        assert_eq!(
+            Identity::from_certificate(&vec![0x30; 100_000]),
+            Err(IdentityError::CertificateTooLong(100_000))
+        );
+    }
+}

@@ -134,3 +134,60 @@ fn check_magnitude<E: serde::de::Error>(number: u64) -> Result<(), E> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strict_json_passes() {
+        for text in [
+            "{}",
+            " {\"a\": [1, -1, true, null, \"x\"], \"b\": {\"a\": 2}}\n",
+            "9007199254740991",
+            "-9007199254740991",
+            "[[[[[[[[]]]]]]]]",
+            r#"{"a":{"a":{"a":1}}}"#,
+        ] {
+            check(text.as_bytes()).expect(text);
+        }
+    }
+
+    #[test]
+    fn what_two_readers_could_see_differently_is_refused() {
+        for text in [
+            "9007199254740992",
+            "-9007199254740992",
+            "18446744073709551616",
+            "1.0",
+            "-0.0",
+            "1e2",
+            "1e400",
+            "NaN",
+            "01",
+            "+1",
+            "[[[[[[[[[]]]]]]]]]",
+            r#"{"a":1,"a":1}"#,
+            r#"{"x":[{"a":1,"b":2,"a":3}]}"#,
+            r#"{"\u0061":1,"a":2}"#,
+            "{} {}",
+            "{}\0",
+            "{'a':1}",
+            "{\"a\":1,}",
+            "// no\n{}",
+            "\"\\ud800\"",
+            "\"\t\"",
+            "\u{feff}{}",
+            "",
+        ] {
+            check(text.as_bytes()).expect_err(text);
+        }
+    }
+
+    #[test]
+    fn nesting_of_any_depth_is_refused_without_exhausting_the_stack() {
+        for open in ["[", "{\"a\":", "[{\"a\":["] {
+            check(open.repeat(100_000).as_bytes()).expect_err("deep");
+        }
+    }
+}

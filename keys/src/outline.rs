@@ -362,3 +362,6 @@ pub fn outline_of(mut reader: impl Read) -> io::Result<Outline> {
     builder.update(&buffer[..filled]);
     Ok(builder.finish())
 }
+
+#[cfg(test)]
+mod tests;

@@ -467,3 +467,6 @@ fn pem(label: &str, der: &[u8]) -> String {
     text.push_str(&format!("-----END {label}-----\n"));
     text
 }
+
+#[cfg(test)]
+mod tests;

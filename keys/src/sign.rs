@@ -254,3 +254,6 @@ fn check_pem_len(pem: &str) -> Result<(), KeyError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

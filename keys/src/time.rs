@@ -171,3 +171,100 @@ impl<'de> Deserialize<'de> for Timestamp {
             .map_err(de::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_rfc_3339_says() {
+        for (ms, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (-1, "1969-12-31T23:59:59.999Z"),
+            (1_767_225_599_000, "2025-12-31T23:59:59Z"),
+            (1_709_164_800_001, "2024-02-29T00:00:00.001Z"),
+            (253_402_300_799_999, "9999-12-31T23:59:59.999Z"),
+            (-62_167_219_200_000, "0000-01-01T00:00:00Z"),
+        ] {
+            assert_eq!(Timestamp::from_ms(ms).to_string(), text);
+            assert_eq!(Timestamp::parse_rfc3339_z(text), Ok(Timestamp::from_ms(ms)));
+        }
+    }
+
+    #[test]
+    fn fractions_are_read_to_the_millisecond() {
+        for (fraction, ms) in [
+            (".1", 100),
+            (".12", 120),
+            (".123", 123),
+            (".1239", 123),
+            (".000999999", 0),
+        ] {
+            let text = format!("1970-01-01T00:00:00{fraction}Z");
+            assert_eq!(text.parse(), Ok(Timestamp::from_ms(ms)), "{text}");
+        }
+    }
+
+    #[test]
+    fn anything_but_utc_with_z_is_refused() {
+        for text in [
+            "",
+            "2026-01-01",
+            "2026-01-01T00:00:00",
+            "2026-01-01t00:00:00Z",
+            "2026-01-01T00:00:00z",
+            "2026-01-01 00:00:00Z",
+            "2026-01-01T00:00:00+00:00",
+            "2026-01-01T00:00:00-00:00",
+            "2026-01-01T00:00:00+01:00",
+            "2026-01-01T00:00:00.Z",
+            "2026-01-01T00:00:00,5Z",
+            "2026-01-01T00:00:00.1234567890Z",
+            "2026-01-01T00:00Z",
+            "2026-02-29T00:00:00Z",
+            "2026-13-01T00:00:00Z",
+            "2026-00-01T00:00:00Z",
+            "2026-01-32T00:00:00Z",
+            "2026-01-01T24:00:00Z",
+            "2026-01-01T00:60:00Z",
+            "2016-12-31T23:59:60Z",
+            "+026-01-01T00:00:00Z",
+            " 2026-01-01T00:00:00Z",
+            "2026-01-01T00:00:00Z ",
+            "2026-01-01T00:00:0٠Z",
+            "20260101T000000Z",
+        ] {
+            assert_eq!(Timestamp::parse_rfc3339_z(text), Err(InvalidTime), "{text}");
+        }
+    }
+
+    #[test]
+    fn arithmetic_stops_at_the_ends() {
+        let second = Duration::from_secs(1);
+        let last = Timestamp::from_ms(i64::MAX);
+        assert_eq!(last.checked_add(second), None);
+        assert_eq!(last.saturating_add(second), last);
+        assert_eq!(Timestamp::EPOCH.saturating_add(Duration::MAX), last);
+        let first = Timestamp::from_ms(i64::MIN);
+        assert_eq!(first.saturating_sub(second), first);
+        assert_eq!(Timestamp::EPOCH.since(last), Duration::ZERO);
+        assert_eq!(last.since(first), Duration::from_millis(u64::MAX));
+        assert_eq!(last.to_string(), "9223372036854775807 ms since 1970");
+        serde_json::to_string(&last).expect_err("no document can hold it");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_reads_back(ms in -62_167_219_200_000i64..=253_402_300_799_999) {
+            let time = Timestamp::from_ms(ms);
+            prop_assert_eq!(time.to_string().parse(), Ok(time));
+        }
+
+        #[test]
+        fn any_text_is_parsed_or_refused_without_a_panic(text in "\\PC{0,40}") {
+            let _ = Timestamp::parse_rfc3339_z(&text);
+        }
+    }
+}

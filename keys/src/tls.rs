@@ -488,3 +488,6 @@ impl ServerCertVerifier for NodeVerifier {
             .supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests;
