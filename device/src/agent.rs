@@ -1,0 +1,487 @@
+//! The agent: runs what the updater commands, and feeds it what happens.
+
+use std::{fmt, sync::Arc};
+
+use fwpush_keys::{
+    TrustStore,
+    time::Timestamp,
+    tls::{Credentials, TlsError},
+    trust::TrustError,
+};
+use rustls::pki_types::CertificateDer;
+use thiserror::Error;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    channel::Dial,
+    health::Health,
+    limits,
+    link::{Link, LinkEvent, LinkInputs, LinkOutputs},
+    settings::AgentSettings,
+    slots::{SlotError, SlotHandle, Slots},
+    store::{Store, StoreError},
+    update::{
+        Command, Consent, Context, Failure, Input, Now, Offer, Output, Phase, Stage, Updater,
+    },
+    wire,
+};
+
+mod inbound;
+mod jobs;
+mod memory;
+#[cfg(test)]
+mod tests;
+
+use jobs::JobEnd;
+use memory::Memory;
+pub use memory::Status;
+
+/// Hears what the agent does, for logs, displays and tests. Called from the agent's tasks; must not block.
+pub type Observer = Arc<dyn Fn(AgentEvent) + Send + Sync>;
+
+/// Decides for the device's owner whether an update may begin. Must not block.
+pub type Consenter = Arc<dyn Fn(&Offer) -> Consent + Send + Sync>;
+
+/// Says yes to everything that passed the checks.
+pub fn always_consent() -> Consenter {
+    Arc::new(|_| Consent::Go)
+}
+
+/// What happened in the agent.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum AgentEvent {
+    Connecting {
+        server: String,
+    },
+    Registered {
+        server: String,
+        session_id: String,
+        resumed: bool,
+    },
+    /// A connection could not be made, or a session ended.
+    Disconnected {
+        reason: String,
+    },
+    /// The server does not accept this device's identity, or the device not the server's.
+    IdentityRefused {
+        reason: String,
+    },
+    /// Release and version stand in the manifest, which is not believed yet; see [`AgentEvent::Phase`].
+    Notice {
+        generation: u64,
+        action: crate::update::Action,
+    },
+    /// The update went into another phase. `failure` says why, where something was refused or went wrong.
+    Phase {
+        generation: u64,
+        phase: Phase,
+        failure: Option<Failure>,
+    },
+    /// So many bytes of an image or outline arrived.
+    Bytes(u64),
+    /// A group was verified and written to the spare slot.
+    GroupWritten {
+        index: u64,
+    },
+    /// A group did not match the signed outline; nothing of it was written.
+    GroupRefused {
+        index: u64,
+        message: String,
+    },
+    /// So many groups of the image need not be fetched.
+    GroupsReused(u64),
+    /// The server has committed all reports up to this number.
+    Acked {
+        upto_seq: u64,
+    },
+    /// Words of an operator; control characters are replaced.
+    Text(String),
+    /// Another device came, went or was updated.
+    Presence {
+        client_id: String,
+        kind: &'static str,
+        details: String,
+    },
+    /// The trust documents held have changed.
+    Trust {
+        root_version: u64,
+        revocation: (u64, u64),
+    },
+    /// A trust document was refused.
+    TrustRefused(Failure),
+}
+
+/// How a run of the agent ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// It was told to stop.
+    Stopped,
+    /// The device must reboot; everything is saved.
+    RebootDue,
+    /// With `once`: nothing more to do, and the last update, if there was one in this run, succeeded or was cancelled.
+    Idle,
+    /// With `once`: an update ended in this run, on the old image.
+    RolledBack,
+    /// With `once`: an update was refused or failed in this run.
+    Failed,
+    /// With `once`: the reason, for people.
+    IdentityRefused(String),
+}
+
+/// Why an agent cannot run.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    #[error("no server is configured")]
+    NoServers,
+    #[error("the device's certificate, its key or the node CA cannot be used")]
+    Identity(#[from] TlsError),
+    #[error("the first trust root cannot be used")]
+    FirstRoot(#[source] TrustError),
+    #[error("the state cannot be used")]
+    Store(#[from] StoreError),
+    #[error("the slots cannot be used")]
+    Slots(#[from] SlotError),
+    #[error("the state could not be saved {tries} times in a row")]
+    Unsaved { tries: u32, source: StoreError },
+    #[error("the agent's connection task ended")]
+    LinkEnded,
+}
+
+/// What an agent is made of.
+pub struct AgentParts<S: Slots> {
+    pub settings: AgentSettings,
+    pub credentials: Credentials,
+    pub node_ca: Vec<CertificateDer<'static>>,
+    /// The root that is built into the device's image: a DSSE envelope.
+    pub first_root: Vec<u8>,
+    pub slots: S,
+    pub store: Arc<dyn Store>,
+    pub dial: Arc<dyn Dial>,
+    pub health: Health,
+    pub consent: Consenter,
+    /// Spreads load; nothing secret comes from it.
+    pub rng_seed: u64,
+    pub observer: Observer,
+}
+
+impl<S: Slots> fmt::Debug for AgentParts<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AgentParts")
+            .field("settings", &self.settings)
+            .field("slots", &self.slots)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One device's agent, from a start of its process to the end.
+pub struct Agent<S: Slots> {
+    settings: Arc<AgentSettings>,
+    tls: Arc<rustls::ClientConfig>,
+    dial: Arc<dyn Dial>,
+    health: Health,
+    consent: Consenter,
+    observe: Observer,
+    slots: SlotHandle<S>,
+    memory: Memory,
+    trust: TrustStore,
+    updater: Updater,
+    /// The updater's monotonic clock counts from here.
+    started: Instant,
+    rng_seed: u64,
+    /// With `once`: what the run has come to.
+    once: Once,
+    reboot_by: Option<Instant>,
+}
+
+impl<S: Slots> fmt::Debug for Agent<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Agent")
+            .field("client_id", &self.settings.client_id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What decides when a run with `once` is over.
+#[derive(Debug, Default)]
+struct Once {
+    registered_at: Option<Instant>,
+    /// The server said that there is nothing newer than what was observed.
+    up_to_date: bool,
+    ended: Option<Phase>,
+}
+
+/// The channels of a run.
+struct Wires {
+    events: mpsc::Receiver<LinkEvent>,
+    facts: watch::Sender<fwpush_proto::v1::DeviceFacts>,
+    outbox: watch::Sender<Arc<[crate::update::Report]>>,
+    messages: mpsc::Sender<fwpush_proto::v1::ClientMessage>,
+    connection: watch::Receiver<Option<crate::channel::Connection>>,
+    progress: watch::Receiver<u64>,
+    progress_tx: watch::Sender<u64>,
+    jobs: JoinSet<JobEnd>,
+    fetching: Option<crate::update::JobId>,
+}
+
+impl<S: Slots> Agent<S> {
+    /// Reads the state, the trust documents and the boot record. Blocks on storage; connects to nothing.
+    pub fn new(parts: AgentParts<S>) -> Result<Self, AgentError> {
+        if parts.settings.servers.is_empty() {
+            return Err(AgentError::NoServers);
+        }
+        memory::open(parts)
+    }
+
+    /// Runs until it is stopped, a reboot is due, or, with `once`, nothing is left to do. To be called once.
+    pub async fn run(&mut self, stop: CancellationToken) -> Result<Exit, AgentError> {
+        let stop_link = stop.child_token();
+        let (mut wires, link) = self.wire_up();
+        let link = tokio::spawn(link.run(stop_link.clone()));
+        let exit = self.serve(&mut wires, &stop).await;
+        stop_link.cancel();
+        wires.jobs.shutdown().await;
+        // The link waits for nothing once it is stopped; that it panicked would have been logged.
+        drop(wires);
+        let _ = link.await;
+        exit
+    }
+
+    /// Takes the slots back, for the reboot. Waits for a call that is under way.
+    pub fn into_slots(self) -> Option<S> {
+        self.slots.take()
+    }
+
+    /// Where the device stands.
+    pub fn status(&self) -> Status {
+        self.memory.status(&self.updater, &self.trust)
+    }
+
+    fn wire_up(&self) -> (Wires, Link) {
+        let (events_tx, events) = mpsc::channel(limits::INBOUND_QUEUE);
+        let (messages, messages_rx) = mpsc::channel(limits::OUTBOUND_QUEUE);
+        let (facts, facts_rx) =
+            watch::channel(wire::facts(&self.settings, &self.updater, &self.trust));
+        let (outbox, outbox_rx) =
+            watch::channel(self.updater.state().outbox.reports().cloned().collect());
+        let (connection_tx, connection) = watch::channel(None);
+        let (progress_tx, progress) = watch::channel(0);
+        let inputs = LinkInputs {
+            facts: facts_rx,
+            outbox: outbox_rx,
+            messages: messages_rx,
+        };
+        let outputs = LinkOutputs {
+            events: events_tx,
+            connection: connection_tx,
+        };
+        let (tls, dial) = (Arc::clone(&self.tls), Arc::clone(&self.dial));
+        let link = Link::new(
+            Arc::clone(&self.settings),
+            tls,
+            dial,
+            inputs,
+            outputs,
+            self.rng_seed,
+        );
+        let jobs = JoinSet::new();
+        let wires = Wires {
+            events,
+            facts,
+            outbox,
+            messages,
+            connection,
+            progress,
+            progress_tx,
+            jobs,
+            fetching: None,
+        };
+        (wires, link)
+    }
+
+    async fn serve(
+        &mut self,
+        wires: &mut Wires,
+        stop: &CancellationToken,
+    ) -> Result<Exit, AgentError> {
+        loop {
+            self.settle(wires)?;
+            if let Some(exit) = self.exit(wires) {
+                return Ok(exit);
+            }
+            let (timer, retry) = (self.timer(), self.memory.retry_at());
+            tokio::select! {
+                () = stop.cancelled() => return Ok(Exit::Stopped),
+                event = wires.events.recv() => match event {
+                    Some(LinkEvent::IdentityRefused { reason }) if self.settings.once => {
+                        self.tell(AgentEvent::IdentityRefused { reason: reason.clone() });
+                        return Ok(Exit::IdentityRefused(reason));
+                    }
+                    Some(event) => self.on_link_event(event, wires),
+                    None => return Err(AgentError::LinkEnded),
+                },
+                Some(ended) = wires.jobs.join_next() => self.on_job_end(ended, wires),
+                Ok(()) = wires.progress.changed() => self.on_progress(wires),
+                () = sleep_until(timer) => self.feed(Input::Timer),
+                () = sleep_until(retry) => {}
+                () = sleep_until(self.once_deadline().or(self.reboot_by)) => {}
+            }
+        }
+    }
+
+    /// Saves what must be durable, then does what the updater asks for; until there is nothing left.
+    fn settle(&mut self, wires: &mut Wires) -> Result<(), AgentError> {
+        loop {
+            if self.updater.take_dirty() {
+                self.memory.set_unsaved();
+            }
+            // What follows from a state must not happen before the state is durable.
+            if !self.memory.save(&self.updater, &self.trust)? {
+                return Ok(());
+            }
+            let Some(output) = self.updater.poll_output() else {
+                break;
+            };
+            self.execute(output, wires);
+        }
+        self.publish(wires);
+        Ok(())
+    }
+
+    fn execute(&mut self, output: Output, wires: &mut Wires) {
+        match output {
+            Output::Phase {
+                generation,
+                phase,
+                failure,
+            } => {
+                if phase.is_terminal() {
+                    self.once.ended = Some(phase);
+                }
+                self.tell(AgentEvent::Phase {
+                    generation,
+                    phase,
+                    failure,
+                });
+            }
+            Output::Command(Command::Reboot) => {
+                self.reboot_by = Some(Instant::now() + limits::REBOOT_GRACE);
+            }
+            Output::Command(Command::Cancel) => {
+                wires.jobs.abort_all();
+                wires.fetching = None;
+            }
+            Output::Command(Command::AskConsent { job, offer }) => {
+                let consent = (self.consent)(&offer);
+                self.feed(Input::Consent { job, consent });
+            }
+            Output::Command(command) => self.start_job(command, wires),
+        }
+    }
+
+    fn feed(&mut self, input: Input) {
+        let now = self.now();
+        let bound = self.trust.clock().bound();
+        self.updater.handle(
+            input,
+            &mut Context {
+                now,
+                trust: &mut self.trust,
+            },
+        );
+        if self.trust.clock().bound() != bound {
+            self.memory.set_unsaved();
+            self.memory.set_clock(*self.trust.clock());
+        }
+    }
+
+    fn now(&self) -> Now {
+        Now {
+            mono: self.started.elapsed(),
+            wall: self.trust.judge(Timestamp::now()),
+        }
+    }
+
+    fn timer(&self) -> Option<Instant> {
+        self.updater.poll_timeout().map(|at| self.started + at)
+    }
+
+    fn tell(&self, event: AgentEvent) {
+        (self.observe)(event);
+    }
+
+    /// Lets the link know what has changed.
+    fn publish(&self, wires: &Wires) {
+        let outbox = &self.updater.state().outbox;
+        wires.outbox.send_if_modified(|sent| {
+            let same = sent.iter().eq(outbox.reports());
+            if !same {
+                *sent = outbox.reports().cloned().collect();
+            }
+            !same
+        });
+        wires.facts.send_if_modified(|facts| {
+            let now = wire::facts(&self.settings, &self.updater, &self.trust);
+            let same = *facts == now;
+            *facts = now;
+            !same
+        });
+    }
+
+    /// Whether the run is over.
+    fn exit(&self, wires: &Wires) -> Option<Exit> {
+        let told = self.updater.state().outbox.is_empty();
+        if let Some(by) = self.reboot_by {
+            // The last reports are given a moment to be committed; they are sent again after the boot in any case.
+            let connected = wires.connection.borrow().is_some();
+            return (told || !connected || Instant::now() >= by).then_some(Exit::RebootDue);
+        }
+        let waiting = match &self.updater.state().update {
+            None => true,
+            // It would be hours or days; the next run decides anew.
+            Some(update) => matches!(update.stage, Stage::Deferred { .. }),
+        };
+        let up_to_date =
+            self.once.up_to_date || self.once_deadline().is_some_and(|at| Instant::now() >= at);
+        if !(self.settings.once && told && waiting && up_to_date && wires.jobs.is_empty()) {
+            return None;
+        }
+        Some(match self.once.ended {
+            Some(Phase::RolledBack) => Exit::RolledBack,
+            Some(Phase::Failed | Phase::Rejected) => Exit::Failed,
+            _ => Exit::Idle,
+        })
+    }
+
+    /// When a notice that the server announced is not waited for any more.
+    fn once_deadline(&self) -> Option<Instant> {
+        let registered_at = self.once.registered_at.filter(|_| self.settings.once)?;
+        let deadline = registered_at + limits::ONCE_NOTICE_WAIT;
+        // Past it, what is under way wakes the agent by itself.
+        (Instant::now() < deadline || self.updater.state().update.is_none()).then_some(deadline)
+    }
+}
+
+/// Never, without a time.
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl AgentError {
+    /// The exit code of the process: see `fwpush-device --help`.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            AgentError::NoServers | AgentError::Identity(_) | AgentError::FirstRoot(_) => 2,
+            AgentError::Store(_) | AgentError::Slots(_) | AgentError::Unsaved { .. } => 4,
+            AgentError::LinkEnded => 1,
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! What the server says.
+
+use std::time::Duration;
+
+use fwpush_keys::error_text;
+use fwpush_proto::v1::{self, server_message::Kind};
+use tokio::time::Instant;
+
+use super::{Agent, AgentEvent, Wires};
+use crate::{
+    limits,
+    link::LinkEvent,
+    slots::Slots,
+    store::Document,
+    update::{Failure, Input},
+    wire,
+};
+
+impl<S: Slots> Agent<S> {
+    pub(super) fn on_link_event(&mut self, event: LinkEvent, wires: &mut Wires) {
+        match event {
+            LinkEvent::Connecting { server } => self.tell(AgentEvent::Connecting { server }),
+            LinkEvent::Registered { server, registered } => self.on_registered(server, registered),
+            LinkEvent::Disconnected { reason } => self.tell(AgentEvent::Disconnected { reason }),
+            LinkEvent::IdentityRefused { reason } => {
+                self.tell(AgentEvent::IdentityRefused { reason })
+            }
+            LinkEvent::Message(kind) => self.on_message(kind, wires),
+        }
+    }
+
+    fn on_registered(&mut self, server: String, registered: v1::Registered) {
+        let resumed = registered.kind() == v1::SessionKind::Resumed;
+        self.once.registered_at = Some(Instant::now());
+        self.once.up_to_date = false;
+        self.tell(AgentEvent::Registered {
+            server,
+            session_id: registered.session_id,
+            resumed,
+        });
+        let report_interval = Duration::from_millis(registered.report_interval_ms);
+        self.feed(Input::Registered { report_interval });
+    }
+
+    fn on_message(&mut self, kind: Kind, wires: &mut Wires) {
+        match kind {
+            Kind::FileNotice(notice) => {
+                let notice = wire::notice(notice);
+                self.tell(AgentEvent::Notice {
+                    generation: notice.generation,
+                    action: notice.action,
+                });
+                self.feed(Input::Notice(notice));
+            }
+            Kind::ReportAck(ack) => {
+                self.tell(AgentEvent::Acked {
+                    upto_seq: ack.upto_seq,
+                });
+                self.feed(Input::Acked {
+                    upto_seq: ack.upto_seq,
+                    generation: ack.generation,
+                });
+            }
+            Kind::HeartbeatAck(ack) => {
+                self.once.up_to_date =
+                    ack.desired_generation <= self.updater.state().observed_generation;
+            }
+            Kind::TrustUpdate(update) => self.on_trust_update(&update, wires),
+            Kind::Text(text) => {
+                self.tell(AgentEvent::Text(printable(&text.text, limits::TEXT_BYTES)))
+            }
+            Kind::Event(event) => {
+                let kind = match event.r#type() {
+                    v1::EventType::Online => "online",
+                    v1::EventType::Offline => "offline",
+                    v1::EventType::Update => "update",
+                    v1::EventType::Unspecified => "unknown",
+                };
+                self.tell(AgentEvent::Presence {
+                    client_id: printable(&event.client_id, limits::NONCE_BYTES),
+                    kind,
+                    details: printable(&event.details, limits::WORDS_BYTES),
+                });
+            }
+            // The link's own.
+            Kind::Registered(_) | Kind::Drain(_) => {}
+        }
+    }
+
+    /// Takes what verifies, keeps it, and answers with what is held now.
+    fn on_trust_update(&mut self, update: &v1::TrustUpdate, wires: &Wires) {
+        let held = (
+            self.trust.root().version,
+            self.trust.revocation_version(&self.settings.product),
+        );
+        let mut refused = None;
+        for root in update.roots.iter().take(limits::ROOTS_PER_UPDATE) {
+            // One by one: those before a refused one stay accepted.
+            if let Err(error) = self.trust.apply_roots(&[root]) {
+                refused = Some(Failure::new(
+                    error.code(),
+                    format!("root: {}", error_text(&error)),
+                ));
+                break;
+            }
+        }
+        for root in self.trust.take_accepted() {
+            self.memory
+                .keep(Document::Root(root.version), root.envelope_arc());
+        }
+        if !update.revocation.is_empty() {
+            let product = self.settings.product.clone();
+            match self.trust.apply_revocation(&product, &update.revocation) {
+                Ok(true) => {
+                    if let Some(list) = self.trust.revocation(&product) {
+                        self.memory.keep(Document::Revocation, list.envelope_arc());
+                    }
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    let message = format!("revocation list: {}", error_text(&error));
+                    refused = refused.or(Some(Failure::new(error.code(), message)));
+                }
+            }
+        }
+        self.memory.set_clock(*self.trust.clock());
+        let now = (
+            self.trust.root().version,
+            self.trust.revocation_version(&self.settings.product),
+        );
+        if now != held {
+            let revocation = (now.1.root_version, now.1.version);
+            self.tell(AgentEvent::Trust {
+                root_version: now.0,
+                revocation,
+            });
+            self.feed(Input::TrustChanged);
+        }
+        let state = wire::trust_state(&self.settings, &self.trust, refused.as_ref());
+        if let Some(failure) = refused {
+            self.tell(AgentEvent::TrustRefused(failure));
+        }
+        let kind = Some(v1::client_message::Kind::TrustState(state));
+        // Lost with the session if the queue is full; the server learns it at the next registration.
+        let _ = wires.messages.try_send(v1::ClientMessage { kind });
+    }
+}
+
+/// Text of somebody else, fit for a terminal.
+fn printable(text: &str, limit: usize) -> String {
+    let text = &text[..text.floor_char_boundary(limit)];
+    text.chars()
+        .map(|c| {
+            if c.is_control() && c != '\n' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_others_cannot_drive_the_terminal() {
+        assert_eq!(
+            printable("a\u{1b}[2Jb\nc\rd", 100),
+            "a\u{fffd}[2Jb\nc\u{fffd}d"
+        );
+        assert_eq!(printable("äöü", 3), "ä");
+    }
+}

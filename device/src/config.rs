@@ -1,0 +1,486 @@
+//! `agent.toml`. Relative paths are relative to the file; an unknown key is an error, so that a typo is not a default.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use fwpush_keys::{
+    error_text,
+    id::{Channel, DeviceId, HwId, Product, TrustDomain},
+    tls::{Credentials, certificates_from_pem},
+};
+use rustls::pki_types::CertificateDer;
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::{
+    health::{Health, HealthCheck},
+    limits,
+    settings::{AgentSettings, TransferSettings},
+    slots::{FileSlotsSettings, ImageFacts},
+};
+
+/// A configuration file that was read and checked. What it names is not opened yet.
+#[derive(Debug, Clone)]
+pub struct Config {
+    file: ConfigFile,
+    path: PathBuf,
+}
+
+/// Certificates and the first root, read from where the configuration says.
+#[derive(Debug)]
+pub struct IdentityFiles {
+    pub credentials: Credentials,
+    pub node_ca: Vec<CertificateDer<'static>>,
+    pub first_root: Vec<u8>,
+}
+
+/// What is wrong with a configuration, and what to do about it.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: {message}", path.display())]
+    Syntax { path: PathBuf, message: String },
+    #[error("{}: {key} {problem}", path.display())]
+    Value {
+        path: PathBuf,
+        key: &'static str,
+        problem: String,
+    },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    servers: Vec<String>,
+    trust_domain: TrustDomain,
+    client_id: DeviceId,
+    product: Product,
+    hw_id: HwId,
+    #[serde(default)]
+    hw_rev: u32,
+    channels: Vec<Channel>,
+    state_dir: PathBuf,
+    #[serde(default)]
+    attributes: BTreeMap<String, String>,
+    identity: IdentitySection,
+    slots: SlotsSection,
+    running: RunningSection,
+    #[serde(default)]
+    health: HealthSection,
+    #[serde(default)]
+    transfer: TransferSection,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct IdentitySection {
+    certificate: PathBuf,
+    key: PathBuf,
+    node_ca: PathBuf,
+    root: PathBuf,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SlotsSection {
+    kind: SlotsKind,
+    a: PathBuf,
+    b: PathBuf,
+    capacity_bytes: u64,
+    boot_record: PathBuf,
+    #[serde(default)]
+    boot: BootKind,
+    trial_boots: Option<u8>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SlotsKind {
+    Files,
+}
+
+/// Who boots.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum BootKind {
+    /// The agent itself: for a bench.
+    #[default]
+    Emulated,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RunningSection {
+    version: semver::Version,
+    #[serde(default)]
+    security_counter: u64,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HealthSection {
+    command: Option<Vec<String>>,
+    timeout_s: Option<u64>,
+    confirm_timeout_s: Option<u64>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TransferSection {
+    stream_window_bytes: Option<u32>,
+    connection_window_bytes: Option<u32>,
+    max_frame_bytes: Option<u32>,
+    chunk_bytes: Option<u32>,
+    bandwidth_limit_bytes_per_s: Option<u64>,
+    #[serde(default)]
+    mirror_hosts: Vec<String>,
+}
+
+impl Config {
+    /// Reads and checks a file; opens nothing that it names.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.into(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let file = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            path: path.into(),
+            message: error.to_string(),
+        })?;
+        let config = Self {
+            file,
+            path: path.into(),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let file = &self.file;
+        let wrong = |key, problem: String| {
+            Err(ConfigError::Value {
+                path: self.path.clone(),
+                key,
+                problem,
+            })
+        };
+        if file.servers.is_empty() || file.servers.len() > limits::SERVERS {
+            return wrong(
+                "servers",
+                format!(
+                    "must list 1 to {} servers as \"HOST:PORT\"",
+                    limits::SERVERS
+                ),
+            );
+        }
+        if let Some(server) = file.servers.iter().find(|server| !is_host_and_port(server)) {
+            return wrong(
+                "servers",
+                format!("has {server:?}; write \"HOST:PORT\", such as \"updates.example:7443\""),
+            );
+        }
+        if file.channels.is_empty() || file.channels.len() > limits::CHANNELS {
+            return wrong(
+                "channels",
+                format!(
+                    "must list 1 to {} channels, such as \"stable\"",
+                    limits::CHANNELS
+                ),
+            );
+        }
+        let attribute_bytes: usize = file
+            .attributes
+            .iter()
+            .map(|(key, value)| key.len() + value.len())
+            .sum();
+        if file.attributes.len() > limits::ATTRIBUTES || attribute_bytes > limits::ATTRIBUTES_BYTES
+        {
+            let problem = format!(
+                "may have at most {} pairs and {} bytes",
+                limits::ATTRIBUTES,
+                limits::ATTRIBUTES_BYTES
+            );
+            return wrong("attributes", problem);
+        }
+        if file.slots.capacity_bytes == 0 {
+            return wrong(
+                "slots.capacity_bytes",
+                "must be the size of a slot in bytes".into(),
+            );
+        }
+        if file.slots.trial_boots == Some(0) {
+            return wrong("slots.trial_boots", "must be at least 1".into());
+        }
+        if file.health.command.as_ref().is_some_and(Vec::is_empty) {
+            return wrong(
+                "health.command",
+                "must name a program; leave it out for no check of your own".into(),
+            );
+        }
+        self.check_transfer()
+    }
+
+    fn check_transfer(&self) -> Result<(), ConfigError> {
+        let transfer = self.transfer();
+        let (frames, chunks) = (limits::FRAME_BYTES_RANGE, limits::CHUNK_BYTES_RANGE);
+        let windows = limits::WINDOW_BYTES_MIN..=limits::WINDOW_BYTES_MAX;
+        let values = [
+            (
+                "transfer.stream_window_bytes",
+                transfer.stream_window_bytes,
+                windows.clone(),
+            ),
+            (
+                "transfer.connection_window_bytes",
+                transfer.connection_window_bytes,
+                windows,
+            ),
+            ("transfer.max_frame_bytes", transfer.max_frame_bytes, frames),
+            ("transfer.chunk_bytes", transfer.chunk_bytes, chunks),
+        ];
+        for (key, value, range) in values {
+            if !range.contains(&value) {
+                let problem = format!(
+                    "is {value}; {} to {} is allowed",
+                    range.start(),
+                    range.end()
+                );
+                return Err(ConfigError::Value {
+                    path: self.path.clone(),
+                    key,
+                    problem,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn resolve(&self, path: &Path) -> PathBuf {
+        // An absolute path replaces the folder.
+        self.path.parent().unwrap_or(Path::new("")).join(path)
+    }
+
+    /// How the agent is to behave.
+    pub fn settings(&self) -> AgentSettings {
+        let file = &self.file;
+        AgentSettings {
+            channels: file.channels.clone(),
+            attributes: file.attributes.clone(),
+            // The factory image passed the factory's tests: it is the first floor.
+            built_in_floor: file.running.security_counter,
+            trial_boots: file.slots.trial_boots.unwrap_or(limits::TRIAL_BOOTS),
+            transfer: self.transfer(),
+            ..AgentSettings::new(
+                file.servers.clone(),
+                file.trust_domain.clone(),
+                file.client_id.clone(),
+                file.product.clone(),
+                file.hw_id.clone(),
+                file.hw_rev,
+                file.channels[0].clone(),
+            )
+        }
+    }
+
+    fn transfer(&self) -> TransferSettings {
+        let section = &self.file.transfer;
+        let default = TransferSettings::default();
+        TransferSettings {
+            stream_window_bytes: section
+                .stream_window_bytes
+                .unwrap_or(default.stream_window_bytes),
+            connection_window_bytes: section
+                .connection_window_bytes
+                .unwrap_or(default.connection_window_bytes),
+            max_frame_bytes: section.max_frame_bytes.unwrap_or(default.max_frame_bytes),
+            chunk_bytes: section.chunk_bytes.unwrap_or(default.chunk_bytes),
+            bandwidth_limit: section.bandwidth_limit_bytes_per_s,
+            mirror_hosts: section.mirror_hosts.clone(),
+        }
+    }
+
+    /// Where state is kept.
+    pub fn state_dir(&self) -> PathBuf {
+        self.resolve(&self.file.state_dir)
+    }
+
+    /// Where the slots are and what slot a holds at first.
+    pub fn slots(&self) -> FileSlotsSettings {
+        let SlotsSection {
+            kind: SlotsKind::Files,
+            a,
+            b,
+            capacity_bytes,
+            boot_record,
+            boot: BootKind::Emulated,
+            ..
+        } = &self.file.slots;
+        FileSlotsSettings {
+            paths: [self.resolve(a), self.resolve(b)],
+            capacity: *capacity_bytes,
+            boot_record: self.resolve(boot_record),
+            first_image: ImageFacts {
+                release_id: None,
+                version: self.file.running.version.clone(),
+                security_counter: self.file.running.security_counter,
+                size: 0,
+                blake3: None,
+            },
+        }
+    }
+
+    /// How a new image is judged.
+    pub fn health(&self) -> Health {
+        let section = &self.file.health;
+        let timeout = section
+            .timeout_s
+            .map_or(limits::HEALTH_TIMEOUT, Duration::from_secs);
+        Health {
+            check: section
+                .command
+                .clone()
+                .map(|argv| HealthCheck::Command { argv, timeout }),
+            confirm_timeout: section
+                .confirm_timeout_s
+                .map_or(limits::CONFIRM_TIMEOUT, Duration::from_secs),
+        }
+    }
+
+    /// Reads the certificates, the key and the first root.
+    pub fn identity(&self) -> Result<IdentityFiles, ConfigError> {
+        let section = &self.file.identity;
+        let value = |key, problem| ConfigError::Value {
+            path: self.path.clone(),
+            key,
+            problem,
+        };
+        let text = |path: &Path| {
+            let path = self.resolve(path);
+            fs::read_to_string(&path).map_err(|source| ConfigError::Read { path, source })
+        };
+        let (certificate, key) = (text(&section.certificate)?, text(&section.key)?);
+        let credentials = Credentials::from_pem(&certificate, &key)
+            .map_err(|error| value("identity.certificate, identity.key", error_text(&error)))?;
+        let node_ca = certificates_from_pem(&text(&section.node_ca)?)
+            .map_err(|error| value("identity.node_ca", error_text(&error)))?;
+        let root = self.resolve(&section.root);
+        let first_root =
+            fs::read(&root).map_err(|source| ConfigError::Read { path: root, source })?;
+        Ok(IdentityFiles {
+            credentials,
+            node_ca,
+            first_root,
+        })
+    }
+}
+
+fn is_host_and_port(server: &str) -> bool {
+    let Some((host, port)) = server.rsplit_once(':') else {
+        return false;
+    };
+    !host.is_empty()
+        && port.parse::<u16>().is_ok_and(|port| port > 0)
+        && crate::channel::server_name(server).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `fwpush device add ID --out DIR` writes.
+    const WHOLE: &str = r#"
+servers = ["localhost:7443", "[::1]:7443", "192.0.2.1:7443"]
+trust_domain = "example"
+client_id = "dev-1"
+product = "gateway"
+hw_id = "board-a"
+hw_rev = 1
+channels = ["stable"]
+state_dir = "state"
+[identity]
+certificate = "device.crt"
+key = "device.key"
+node_ca = "node-ca.crt"
+root = "root.json"
+[slots]
+kind = "files"
+a = "slot-a.img"
+b = "/dev/slot-b"
+capacity_bytes = 268435456
+boot_record = "boot.rec"
+boot = "emulated"
+[running]
+version = "1.0.0"
+security_counter = 3
+[health]
+command = ["sh", "-c", "true"]
+timeout_s = 60
+confirm_timeout_s = 600
+[transfer]
+stream_window_bytes = 4194304
+"#;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("/etc/fwpush/agent.toml"))
+    }
+
+    fn refusal(from: &str, to: &str) -> String {
+        assert!(WHOLE.contains(from));
+        error_text(&parse(&WHOLE.replace(from, to)).unwrap_err())
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file_and_values_arrive() {
+        let config = parse(WHOLE).unwrap();
+        assert_eq!(config.state_dir(), Path::new("/etc/fwpush/state"));
+        let slots = config.slots();
+        assert_eq!(
+            slots.paths,
+            [
+                PathBuf::from("/etc/fwpush/slot-a.img"),
+                PathBuf::from("/dev/slot-b")
+            ]
+        );
+        assert_eq!(
+            (slots.capacity, slots.first_image.security_counter),
+            (268_435_456, 3)
+        );
+        let settings = config.settings();
+        assert_eq!((settings.servers.len(), settings.built_in_floor), (3, 3));
+        assert_eq!(settings.transfer.stream_window_bytes, 4 << 20);
+        assert_eq!(settings.transfer.chunk_bytes, limits::CHUNK_BYTES);
+        assert!(config.health().check.is_some());
+    }
+
+    #[test]
+    fn optional_sections_may_be_missing() {
+        let (head, _) = WHOLE.split_once("[health]").unwrap();
+        let config = parse(head).unwrap();
+        assert!(config.health().check.is_none());
+        assert_eq!(config.health().confirm_timeout, limits::CONFIRM_TIMEOUT);
+    }
+
+    #[test]
+    fn errors_name_the_key_and_say_what_to_write() {
+        assert!(refusal("hw_rev = 1", "hw_revision = 1").contains("hw_revision"));
+        assert!(refusal("\"localhost:7443\"", "\"localhost\"").contains("HOST:PORT"));
+        assert!(refusal("\"localhost:7443\"", "\":7443\"").contains("HOST:PORT"));
+        assert!(refusal("client_id = \"dev-1\"", "client_id = \"../x\"").contains("device id"));
+        assert!(refusal("[\"stable\"]", "[]").contains("channels"));
+        assert!(refusal("268435456", "0").contains("slots.capacity_bytes"));
+        assert!(refusal("\"emulated\"", "\"magic\"").contains("magic"));
+        assert!(refusal("4194304", "100").contains("transfer.stream_window_bytes"));
+        assert!(refusal("[\"sh\", \"-c\", \"true\"]", "[]").contains("health.command"));
+        let missing = error_text(&Config::load(Path::new("/does/not/exist.toml")).unwrap_err());
+        assert!(missing.contains("/does/not/exist.toml"));
+    }
+}

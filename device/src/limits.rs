@@ -1,0 +1,170 @@
+//! Every bound of the agent, with its reason. Defaults fit a board with 64 MB of memory.
+
+use std::time::Duration;
+
+// ---- What the server asks for, clamped (invariant 3: a server taken over can withhold, not harass) ----
+
+/// Below this a heartbeat would be a load of its own on a metered link.
+pub const HEARTBEAT_MIN: Duration = Duration::from_secs(5);
+/// Above this a NAT forgets the connection and a notice is missed for too long.
+pub const HEARTBEAT_MAX: Duration = Duration::from_secs(60 * 60);
+/// Used until the server names an interval.
+pub const HEARTBEAT_DEFAULT: Duration = Duration::from_secs(60);
+/// Progress is reported no more often than this, whatever the server asks for.
+pub const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Progress is reported at least this often while bytes arrive.
+pub const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(60 * 60);
+/// Used until the server names an interval.
+pub const REPORT_INTERVAL_DEFAULT: Duration = Duration::from_secs(5);
+/// A draining server cannot send its devices away for longer.
+pub const DRAIN_MAX: Duration = Duration::from_secs(10 * 60);
+/// `not_before` and `spread` cannot put an update off for longer than a week.
+pub const START_DELAY_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// Trials begun within [`INSTALL_WINDOW`]: a server cannot wear the flash or keep the device rebooting.
+pub const INSTALLS_PER_WINDOW: usize = 6;
+pub const INSTALL_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+/// A release that failed this often on this device is not tried again, however often it is offered.
+pub const ATTEMPTS_PER_RELEASE: u32 = 3;
+/// Failed releases remembered; the oldest is forgotten first.
+pub const FAILED_RELEASES: usize = 16;
+/// RESOURCE_EXHAUSTED may hold a download back for at most this.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(10 * 60);
+
+// ---- Messages and documents ----
+
+/// ServerMessage, decoded: a notice or trust update carries envelopes of at most 64 KiB, 16 roots and one list.
+pub const MESSAGE_BYTES: usize = 17 * 64 * 1024 + 64 * 1024;
+/// A document of the state directory: an envelope is at most 64 KiB, the state far less.
+pub const DOCUMENT_BYTES: u64 = 1024 * 1024;
+/// An envelope in a notice or a trust update.
+pub const ENVELOPE_BYTES: usize = 64 * 1024;
+/// Roots in one trust update, as the wire says; more are ignored.
+pub const ROOTS_PER_UPDATE: usize = 16;
+/// Root hops followed in the life of a state directory: a weekly rotation for 19 years.
+pub const ROOT_HOPS: u64 = 1024;
+/// Words of a server or an error that are kept and logged.
+pub const WORDS_BYTES: usize = 1024;
+/// Generations are integers that JSON readers take exactly; a higher one would never be followed by another.
+pub const GENERATION_MAX: u64 = (1 << 53) - 1;
+/// Nonce of a notice, echoed; a UUID is 36.
+pub const NONCE_BYTES: usize = 128;
+/// Channels in `agent.toml`, as the wire says.
+pub const CHANNELS: usize = 16;
+/// Servers in `agent.toml`.
+pub const SERVERS: usize = 64;
+/// Attributes: pairs, and bytes of all keys and values.
+pub const ATTRIBUTES: usize = 64;
+pub const ATTRIBUTES_BYTES: usize = 4 * 1024;
+/// What a failing health check may say.
+pub const HEALTH_STDERR_BYTES: u64 = 1024;
+
+/// The state could not be saved: tried again after this.
+pub const SAVE_RETRY: Duration = Duration::from_secs(2);
+/// Tries in a row; five minutes of a full or read-only disk. Nothing that needs saved state happens meanwhile.
+pub const SAVE_TRIES: u32 = 150;
+/// Words of an operator, as the wire says.
+pub const TEXT_BYTES: usize = 4 * 1024;
+
+// ---- Reports ----
+
+/// Reports kept until acknowledged. One update makes fewer than ten; of progress only the newest is kept.
+pub const OUTBOX: usize = 64;
+/// Report numbers set aside in one write of the state, so that progress reports do not write flash. After a crash the
+/// next number is at most this much higher.
+pub const SEQ_BLOCK: u64 = 64;
+/// An unacknowledged report is sent again after this, and up to half of it later.
+pub const REPORT_RESEND: Duration = Duration::from_secs(30);
+/// Messages waiting to be written to the stream; the link resends reports by itself.
+pub const OUTBOUND_QUEUE: usize = 8;
+/// Messages from the link that the agent has not looked at; the stream is not read on while it is full.
+pub const INBOUND_QUEUE: usize = 8;
+
+// ---- The connection ----
+
+/// TCP and TLS together; a 2G link needs several seconds for a TLS handshake.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+/// From the first message to `Registered`; the server itself allows 10 s for the first message.
+pub const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Silence, in heartbeat intervals, after which the connection is taken for dead. Any byte counts as a sign of life.
+pub const SILENT_HEARTBEATS: u32 = 2;
+/// Added to the silence allowed, for a round trip on a slow link.
+pub const SILENCE_GRACE: Duration = Duration::from_secs(15);
+/// The stream takes no message for this long: the connection is dead.
+pub const WRITE_STALL: Duration = Duration::from_secs(30);
+pub const RECONNECT_MIN: Duration = Duration::from_secs(1);
+pub const RECONNECT_MAX: Duration = Duration::from_secs(5 * 60);
+/// A session this old was no crash loop.
+pub const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// HTTP/2 window of a download: 512 KiB keeps 4 MiB/s busy over a 120 ms round trip.
+pub const STREAM_WINDOW_BYTES: u32 = 512 * 1024;
+/// HTTP/2 window of the connection: a download and room for control messages beside it.
+pub const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
+/// The least that HTTP/2 peers start with (RFC 9113, 6.9.2).
+pub const WINDOW_BYTES_MIN: u32 = 65_535;
+/// HTTP/2 forbids windows of 2^31 and more; what is not read yet takes memory.
+pub const WINDOW_BYTES_MAX: u32 = 64 * 1024 * 1024;
+/// h2 flushes once a DATA frame; larger frames cost fewer wake-ups. 16 KiB to 16 MiB by RFC 9113.
+pub const MAX_FRAME_BYTES: u32 = 256 * 1024;
+pub const FRAME_BYTES_RANGE: std::ops::RangeInclusive<u32> = 16 * 1024..=1024 * 1024;
+/// `FileChunk.content`: larger chunks cost less, smaller ones less memory.
+pub const CHUNK_BYTES: u32 = 256 * 1024;
+/// What the server clamps chunk sizes to.
+pub const CHUNK_BYTES_RANGE: std::ops::RangeInclusive<u32> = 16 * 1024..=1024 * 1024;
+/// FileChunk, decoded: content and its few fields.
+pub const CHUNK_MESSAGE_BYTES: usize = 1024 * 1024 + 4 * 1024;
+
+// ---- The transfer ----
+
+/// Received and not yet verified; the stream is not read on while it is full. With the HTTP/2 windows and as much again
+/// in the hands of the writer this bounds the memory of a transfer.
+pub const RECEIVED_BYTES: usize = 1024 * 1024;
+/// Data is made durable at least this often: what a power cut may cost.
+pub const SYNC_BYTES: u64 = 8 * 1024 * 1024;
+pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
+/// No byte for this long: the call is given up and begun again where it stopped.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// A call that moves a group in this time is alive; slower is a stall (64 KiB in 10 min are 109 B/s).
+pub const GROUP_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// One group refused this often: the source does not have it.
+pub const REFUSALS_PER_GROUP: u32 = 4;
+/// Groups refused in one transfer: the source or the link is not worth more.
+pub const REFUSALS_PER_TRANSFER: u32 = 32;
+/// Outlines refused in one transfer.
+pub const OUTLINE_REFUSALS: u32 = 4;
+/// "Not found", "denied" and the like in one transfer, each after a wait: a replica may lag, a decision does not change.
+pub const SERVER_REFUSALS: u32 = 4;
+/// Wait between two tries of a download: full jitter, doubling.
+pub const RETRY_MIN: Duration = Duration::from_millis(500);
+pub const RETRY_MAX: Duration = Duration::from_secs(60);
+/// Read at once when a slot is scanned or hashed; BLAKE3 is slow on less than 64 KiB.
+pub const SCAN_BYTES: usize = 1024 * 1024;
+
+// ---- The trial ----
+
+/// For the server to commit the last reports before a reboot: a group commit takes up to 200 ms.
+pub const REBOOT_GRACE: Duration = Duration::from_secs(1);
+
+/// Boots of an image on trial before the bootloader gives it up: power may be cut in the first ones by chance.
+pub const TRIAL_BOOTS: u8 = 3;
+/// Time for the new image to show that it is healthy.
+pub const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// A configured health check that does not say how long it may take.
+pub const HEALTH_TIMEOUT: Duration = Duration::from_secs(60);
+/// Starts of the agent in one trial: an agent that keeps crashing must not keep the trial open.
+pub const TRIAL_STARTS: u32 = 5;
+/// Tries to write the confirmation before the image is given up.
+pub const CONFIRM_TRIES: u32 = 5;
+/// Wait between them.
+pub const CONFIRM_RETRY: Duration = Duration::from_secs(2);
+/// A release that asks for a newer revocation list than the device holds is looked at again after this, once.
+pub const LIST_WAIT: Duration = Duration::from_secs(60);
+/// Storage or a source that failed is tried again after this.
+pub const TROUBLE_WAIT: Duration = Duration::from_secs(60);
+/// How often one update may be put off for trouble before it has failed.
+pub const TROUBLES_PER_UPDATE: u32 = 3;
+/// The longest that a device may put an update off by itself at once.
+pub const DEFER_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+/// With `--once`: how often the server is asked whether there is something to do.
+pub const ONCE_HEARTBEAT: Duration = Duration::from_secs(1);
+/// With `--once`: how long a notice that the server announced may take.
+pub const ONCE_NOTICE_WAIT: Duration = Duration::from_secs(10);

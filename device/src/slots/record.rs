@@ -1,0 +1,670 @@
+//! The boot record: which slot a bootloader may boot, kept as two alternating copies each protected by a CRC.
+//!
+//! A write goes to the copy that is not in use, so a cut at any moment leaves the old or the new record, never neither.
+//! The copies are 4,096 bytes apart, so that a torn sector or page never touches both.
+//!
+//! One copy is 512 bytes, integers little-endian:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | `FWPBOOT1` |
+//! | 8 | 8 | sequence, from 1; the valid copy with the higher one counts |
+//! | 16 | 1 | preferred slot, `a` or `b`: booted when no slot has trial boots left |
+//! | 17 | 15 | zero |
+//! | 32 | 232 | slot a |
+//! | 264 | 232 | slot b |
+//! | 496 | 12 | zero |
+//! | 508 | 4 | CRC-32 (IEEE) of bytes 0 to 507 |
+//!
+//! A slot: state (1: 0 unbootable, 1 on trial, 2 confirmed), trial boots left (1), has an image (1), has a BLAKE3 (1), length of
+//! the version (1), length of the release id (1), zero (2), security counter (8), image size (8), BLAKE3 (32), release id (36), version (128), zero (12).
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use fwpush_keys::id::FileId;
+use thiserror::Error;
+
+use super::{BootView, ImageFacts, SlotError, SlotId, SlotRecord, SlotState};
+
+const MAGIC: &[u8; 8] = b"FWPBOOT1";
+const COPY_BYTES: usize = 512;
+const COPY_OFFSETS: [u64; 2] = [0, 4096];
+const SLOT_OFFSETS: [usize; 2] = [32, 264];
+const CRC_OFFSET: usize = COPY_BYTES - 4;
+const RELEASE_ID_BYTES: usize = 36;
+const VERSION_BYTES: usize = 128;
+
+/// What a bootloader goes by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootRecord {
+    /// Rises by one with each write.
+    pub sequence: u64,
+    /// Booted when no slot has trial boots left.
+    pub preferred: SlotId,
+    /// Slots a and b.
+    pub slots: [SlotRecord; 2],
+}
+
+/// Why a record is not usable, or a change of it is refused.
+#[derive(Debug, Error)]
+pub enum RecordError {
+    #[error("{operation}")]
+    Io {
+        operation: &'static str,
+        source: io::Error,
+    },
+    #[error("neither copy is valid ({}; {}): restore it from the bootloader's tools, or provision the device again", copies[0], copies[1])]
+    BothBroken { copies: [&'static str; 2] },
+    #[error("a version of {0} bytes does not fit; at most {VERSION_BYTES} are kept")]
+    LongVersion(usize),
+    #[error("{0}")]
+    Refused(&'static str),
+}
+
+impl BootRecord {
+    /// The record of a device that has run nothing else yet: `image` confirmed in `running`, the other slot empty.
+    pub fn first(running: SlotId, image: ImageFacts) -> Self {
+        let empty = || SlotRecord {
+            state: SlotState::Unbootable,
+            image: None,
+        };
+        let mut record = Self {
+            sequence: 1,
+            preferred: running,
+            slots: [empty(), empty()],
+        };
+        *record.slot_mut(running) = SlotRecord {
+            state: SlotState::Confirmed,
+            image: Some(image),
+        };
+        record
+    }
+
+    /// What is recorded of a slot.
+    pub fn slot(&self, slot: SlotId) -> &SlotRecord {
+        &self.slots[slot as usize]
+    }
+
+    fn slot_mut(&mut self, slot: SlotId) -> &mut SlotRecord {
+        &mut self.slots[slot as usize]
+    }
+
+    /// The record and the present boot together.
+    pub fn view(&self, boot_id: String, running: SlotId) -> BootView {
+        BootView {
+            boot_id,
+            running,
+            slots: self.slots.clone(),
+        }
+    }
+
+    /// Marks a slot unbootable and forgets its image. Refused unless the other slot is confirmed. Returns whether
+    /// anything changed.
+    pub fn invalidate(&mut self, slot: SlotId) -> Result<bool, RecordError> {
+        // Invariant 8: a confirmed, bootable slot exists at every instant.
+        if self.slot(slot.other()).state != SlotState::Confirmed {
+            return Err(RecordError::Refused("the other slot is not confirmed"));
+        }
+        let empty = SlotRecord {
+            state: SlotState::Unbootable,
+            image: None,
+        };
+        let changed = *self.slot(slot) != empty || self.preferred == slot;
+        self.preferred = slot.other();
+        *self.slot_mut(slot) = empty;
+        Ok(changed)
+    }
+
+    /// Lets a slot be booted `tries` times. Refused unless it is unbootable and the other slot is confirmed.
+    pub fn mark_trial(
+        &mut self,
+        slot: SlotId,
+        image: ImageFacts,
+        tries: u8,
+    ) -> Result<(), RecordError> {
+        if self.slot(slot.other()).state != SlotState::Confirmed {
+            return Err(RecordError::Refused("the other slot is not confirmed"));
+        }
+        if self.slot(slot).state != SlotState::Unbootable {
+            return Err(RecordError::Refused(
+                "the slot was not marked unbootable before it was written",
+            ));
+        }
+        if tries == 0 {
+            return Err(RecordError::Refused("a trial needs at least one boot"));
+        }
+        *self.slot_mut(slot) = SlotRecord {
+            state: SlotState::Trial { tries_left: tries },
+            image: Some(image),
+        };
+        Ok(())
+    }
+
+    /// Makes a slot on trial the confirmed and preferred one, and the other unbootable if its image's counter is below
+    /// `floor`. Refused for an unbootable slot. Returns whether anything changed.
+    pub fn confirm(&mut self, slot: SlotId, floor: u64) -> Result<bool, RecordError> {
+        if self.slot(slot).state == SlotState::Unbootable {
+            return Err(RecordError::Refused(
+                "the running slot is marked unbootable",
+            ));
+        }
+        let before = self.clone();
+        self.slot_mut(slot).state = SlotState::Confirmed;
+        self.preferred = slot;
+        let other = self.slot_mut(slot.other());
+        if other
+            .image
+            .as_ref()
+            .is_none_or(|image| image.security_counter < floor)
+        {
+            other.state = SlotState::Unbootable;
+        }
+        Ok(*self != before)
+    }
+
+    /// Gives a slot on trial up. Refused unless the other slot is confirmed. Returns whether anything changed.
+    pub fn reject(&mut self, slot: SlotId) -> Result<bool, RecordError> {
+        if self.slot(slot).state == SlotState::Unbootable {
+            return Ok(false);
+        }
+        if self.slot(slot.other()).state != SlotState::Confirmed {
+            return Err(RecordError::Refused("the other slot is not confirmed"));
+        }
+        if self.slot(slot).state == SlotState::Confirmed {
+            return Err(RecordError::Refused("the running slot is confirmed"));
+        }
+        self.slot_mut(slot).state = SlotState::Unbootable;
+        self.preferred = slot.other();
+        Ok(true)
+    }
+
+    /// What a bootloader does: boots a slot on trial while it has tries left, which takes one; else the preferred slot
+    /// if it is confirmed, else the other. `None`: both slots are bad.
+    pub fn boot(&mut self) -> Option<SlotId> {
+        let order = [self.preferred.other(), self.preferred];
+        for slot in order {
+            if let SlotState::Trial {
+                tries_left: tries @ 1..,
+            } = self.slot(slot).state
+            {
+                self.slot_mut(slot).state = SlotState::Trial {
+                    tries_left: tries - 1,
+                };
+                return Some(slot);
+            }
+        }
+        order
+            .into_iter()
+            .rev()
+            .find(|slot| self.slot(*slot).state == SlotState::Confirmed)
+    }
+
+    fn encode(&self) -> Result<[u8; COPY_BYTES], RecordError> {
+        let mut copy = [0; COPY_BYTES];
+        copy[..8].copy_from_slice(MAGIC);
+        copy[8..16].copy_from_slice(&self.sequence.to_le_bytes());
+        copy[16] = self.preferred.as_str().as_bytes()[0];
+        for (record, at) in self.slots.iter().zip(SLOT_OFFSETS) {
+            encode_slot(record, &mut copy[at..at + 232])?;
+        }
+        let crc = crc32fast::hash(&copy[..CRC_OFFSET]);
+        copy[CRC_OFFSET..].copy_from_slice(&crc.to_le_bytes());
+        Ok(copy)
+    }
+
+    /// `Err` says in a few words what is wrong with the copy.
+    fn decode(copy: &[u8; COPY_BYTES]) -> Result<Self, &'static str> {
+        if copy[..8] != *MAGIC {
+            return Err("not a boot record");
+        }
+        if crc32fast::hash(&copy[..CRC_OFFSET]).to_le_bytes() != copy[CRC_OFFSET..] {
+            return Err("its checksum is wrong");
+        }
+        let preferred = match copy[16] {
+            b'a' => SlotId::A,
+            b'b' => SlotId::B,
+            _ => return Err("its preferred slot is neither a nor b"),
+        };
+        let [a, b] = SLOT_OFFSETS.map(|at| decode_slot(&copy[at..at + 232]));
+        Ok(Self {
+            sequence: le_u64(&copy[8..16]),
+            preferred,
+            slots: [a?, b?],
+        })
+    }
+}
+
+fn encode_slot(record: &SlotRecord, out: &mut [u8]) -> Result<(), RecordError> {
+    (out[0], out[1]) = match record.state {
+        SlotState::Unbootable => (0, 0),
+        SlotState::Trial { tries_left } => (1, tries_left),
+        SlotState::Confirmed => (2, 0),
+    };
+    let Some(image) = &record.image else {
+        return Ok(());
+    };
+    out[2] = 1;
+    let version = image.version.to_string();
+    let length = u8::try_from(version.len())
+        .ok()
+        .filter(|length| usize::from(*length) <= VERSION_BYTES);
+    out[4] = length.ok_or(RecordError::LongVersion(version.len()))?;
+    out[8..16].copy_from_slice(&image.security_counter.to_le_bytes());
+    out[16..24].copy_from_slice(&image.size.to_le_bytes());
+    if let Some(blake3) = image.blake3 {
+        out[3] = 1;
+        out[24..56].copy_from_slice(blake3.as_bytes());
+    }
+    if let Some(release_id) = image.release_id {
+        out[5] = RELEASE_ID_BYTES as u8;
+        out[56..56 + RELEASE_ID_BYTES].copy_from_slice(release_id.to_string().as_bytes());
+    }
+    out[92..92 + version.len()].copy_from_slice(version.as_bytes());
+    Ok(())
+}
+
+fn decode_slot(bytes: &[u8]) -> Result<SlotRecord, &'static str> {
+    let state = match (bytes[0], bytes[1]) {
+        (0, 0) => SlotState::Unbootable,
+        (1, tries_left) => SlotState::Trial { tries_left },
+        (2, 0) => SlotState::Confirmed,
+        _ => return Err("a slot's state is unknown"),
+    };
+    if bytes[2] == 0 {
+        return Ok(SlotRecord { state, image: None });
+    }
+    let text = |at: usize, length: usize| std::str::from_utf8(bytes.get(at..at + length)?).ok();
+    let version =
+        text(92, usize::from(bytes[4]).min(VERSION_BYTES)).and_then(|text| text.parse().ok());
+    let release_id = match usize::from(bytes[5]) {
+        0 => None,
+        RELEASE_ID_BYTES => Some(
+            text(56, RELEASE_ID_BYTES)
+                .and_then(|text| text.parse().ok())
+                .ok_or("a slot's release id is not a UUID")?,
+        ),
+        _ => return Err("a slot's release id is not a UUID"),
+    };
+    let mut hash = [0; 32];
+    hash.copy_from_slice(&bytes[24..56]);
+    let image = ImageFacts {
+        release_id,
+        version: version.ok_or("a slot's version is not a semantic version")?,
+        security_counter: le_u64(&bytes[8..16]),
+        size: le_u64(&bytes[16..24]),
+        blake3: (bytes[3] == 1).then_some(FileId::from_bytes(hash)),
+    };
+    Ok(SlotRecord {
+        state,
+        image: Some(image),
+    })
+}
+
+fn le_u64(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// A boot record in a file or at the start of a raw partition.
+#[derive(Debug)]
+pub struct RecordFile {
+    file: File,
+    path: PathBuf,
+    /// The record in force and the copy that holds it; `None` when a write failed and the medium must be asked.
+    current: Option<(usize, BootRecord)>,
+}
+
+impl RecordFile {
+    /// Opens the record; `None` if there is no such file.
+    pub fn open(path: &Path) -> Result<Option<Self>, SlotError> {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(SlotError::File {
+                    operation: "open boot record",
+                    path: path.into(),
+                    source,
+                });
+            }
+        };
+        let mut record = Self {
+            file,
+            path: path.into(),
+            current: None,
+        };
+        record.get()?;
+        Ok(Some(record))
+    }
+
+    /// Makes a new record file; durable, and complete from the moment it has its name.
+    pub fn create(path: &Path, first: &BootRecord) -> Result<Self, SlotError> {
+        let failed = |operation| {
+            move |source| SlotError::File {
+                operation,
+                path: path.into(),
+                source,
+            }
+        };
+        let broken = |source| SlotError::Record {
+            path: path.into(),
+            source,
+        };
+        let temporary = path.with_added_extension("tmp");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&temporary);
+        let file = file.map_err(failed("create boot record"))?;
+        let copy = first.encode().map_err(broken)?;
+        file.set_len(COPY_OFFSETS[1] + COPY_BYTES as u64)
+            .and_then(|()| file.write_all_at(&copy, COPY_OFFSETS[0]))
+            .and_then(|()| file.sync_all())
+            .and_then(|()| std::fs::rename(&temporary, path))
+            .and_then(|()| crate::store::sync_parent(path))
+            .map_err(failed("write boot record"))?;
+        Ok(Self {
+            file,
+            path: path.into(),
+            current: Some((0, first.clone())),
+        })
+    }
+
+    /// The record in force.
+    pub fn get(&mut self) -> Result<&BootRecord, SlotError> {
+        if self.current.is_none() {
+            let found = self.read_medium().map_err(|source| SlotError::Record {
+                path: self.path.clone(),
+                source,
+            })?;
+            self.current = Some(found);
+        }
+        match &self.current {
+            Some((_, record)) => Ok(record),
+            None => Err(SlotError::Refused {
+                operation: "read the boot record",
+                reason: "it is not loaded",
+            }),
+        }
+    }
+
+    /// Applies `change` and makes it durable; writes nothing when `change` says that nothing changed. After an error
+    /// the record in force is whatever the medium holds: the old one or the new one.
+    pub fn update(
+        &mut self,
+        change: impl FnOnce(&mut BootRecord) -> Result<bool, RecordError>,
+    ) -> Result<(), SlotError> {
+        let mut next = self.get()?.clone();
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| SlotError::Record { path, source }
+        };
+        if !change(&mut next).map_err(failed(&self.path))? {
+            return Ok(());
+        }
+        next.sequence += 1;
+        let copy = next.encode().map_err(failed(&self.path))?;
+        let at = self.current.take().map_or(0, |(at, _)| 1 - at);
+        // From here to the end of the sync the medium decides which record is in force.
+        self.file
+            .write_all_at(&copy, COPY_OFFSETS[at])
+            .and_then(|()| self.file.sync_all())
+            .map_err(|source| {
+                failed(&self.path)(RecordError::Io {
+                    operation: "write",
+                    source,
+                })
+            })?;
+        self.current = Some((at, next));
+        Ok(())
+    }
+
+    /// Reads both copies past the page cache: after a failed sync it may hold what the medium does not.
+    fn read_medium(&self) -> Result<(usize, BootRecord), RecordError> {
+        let failed = |operation| move |source| RecordError::Io { operation, source };
+        self.file.sync_all().map_err(failed("sync"))?;
+        rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)
+            .map_err(|errno| failed("read past the page cache")(errno.into()))?;
+        let mut found: Option<(usize, BootRecord)> = None;
+        let mut problems = ["older", "older"];
+        for (at, offset) in COPY_OFFSETS.into_iter().enumerate() {
+            let mut copy = [0; COPY_BYTES];
+            let decoded = match self.file.read_exact_at(&mut copy, offset) {
+                Ok(()) => BootRecord::decode(&copy),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    Err("the file is too short")
+                }
+                Err(source) => return Err(failed("read")(source)),
+            };
+            match decoded {
+                Ok(record)
+                    if found
+                        .as_ref()
+                        .is_none_or(|(_, best)| best.sequence < record.sequence) =>
+                {
+                    found = Some((at, record));
+                }
+                Ok(_) => {}
+                Err(problem) => problems[at] = problem,
+            }
+        }
+        found.ok_or(RecordError::BothBroken { copies: problems })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn image(counter: u64) -> ImageFacts {
+        ImageFacts {
+            release_id: Some("0191d5a0-0000-7000-8000-000000000001".parse().unwrap()),
+            version: "1.2.3-rc.1+build.5".parse().unwrap(),
+            security_counter: counter,
+            size: 70_000,
+            blake3: Some(FileId::from_bytes([7; 32])),
+        }
+    }
+
+    fn installed(folder: &tempfile::TempDir) -> (PathBuf, RecordFile) {
+        let path = folder.path().join("boot.rec");
+        let file = RecordFile::create(&path, &BootRecord::first(SlotId::A, image(3))).unwrap();
+        (path, file)
+    }
+
+    #[test]
+    fn a_record_survives_encoding() {
+        let mut record = BootRecord::first(SlotId::B, image(u64::MAX));
+        record
+            .mark_trial(
+                SlotId::A,
+                ImageFacts {
+                    release_id: None,
+                    blake3: None,
+                    ..image(0)
+                },
+                3,
+            )
+            .unwrap();
+        assert_eq!(
+            BootRecord::decode(&record.encode().unwrap()).unwrap(),
+            record
+        );
+    }
+
+    #[test]
+    fn a_trial_runs_out_and_the_confirmed_slot_comes_back() {
+        let mut record = BootRecord::first(SlotId::A, image(1));
+        record.mark_trial(SlotId::B, image(2), 2).unwrap();
+        let boots: Vec<_> = (0..4).map(|_| record.boot()).collect();
+        assert_eq!(
+            boots,
+            [
+                Some(SlotId::B),
+                Some(SlotId::B),
+                Some(SlotId::A),
+                Some(SlotId::A)
+            ]
+        );
+    }
+
+    #[test]
+    fn confirming_bars_a_spare_below_the_floor_and_keeps_one_at_it() {
+        for (floor, state) in [(2, SlotState::Unbootable), (1, SlotState::Confirmed)] {
+            let mut record = BootRecord::first(SlotId::A, image(1));
+            record.mark_trial(SlotId::B, image(2), 1).unwrap();
+            record.boot();
+            assert!(record.confirm(SlotId::B, floor).unwrap());
+            assert!(
+                !record.confirm(SlotId::B, floor).unwrap(),
+                "a second time changes nothing"
+            );
+            assert_eq!(record.slot(SlotId::A).state, state);
+            assert_eq!(record.boot(), Some(SlotId::B));
+        }
+    }
+
+    #[test]
+    fn no_change_leaves_the_device_without_a_confirmed_slot() {
+        let mut record = BootRecord::first(SlotId::A, image(1));
+        assert!(record.invalidate(SlotId::A).is_err());
+        assert!(record.reject(SlotId::A).is_err());
+        record.mark_trial(SlotId::B, image(2), 1).unwrap();
+        assert!(
+            record.mark_trial(SlotId::B, image(2), 1).is_err(),
+            "written without being marked unbootable"
+        );
+        assert!(record.invalidate(SlotId::A).is_err());
+        assert!(record.reject(SlotId::B).unwrap());
+        assert_eq!(record.boot(), Some(SlotId::A));
+    }
+
+    #[test]
+    fn a_write_torn_at_any_byte_leaves_the_old_or_the_new_record() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, mut file) = installed(&folder);
+        file.update(|record| record.mark_trial(SlotId::B, image(4), 3).map(|()| true))
+            .unwrap();
+        let old = file.get().unwrap().clone();
+        let before = std::fs::read(&path).unwrap();
+        file.update(|record| record.reject(SlotId::B)).unwrap();
+        let new = file.get().unwrap().clone();
+        let after = std::fs::read(&path).unwrap();
+        for cut in 0..=after.len() {
+            // The first `cut` bytes reached the medium; and the other way round, as sectors may be reordered.
+            for (first, second) in [(&after, &before), (&before, &after)] {
+                let torn: Vec<u8> = first[..cut].iter().chain(&second[cut..]).copied().collect();
+                std::fs::write(&path, &torn).unwrap();
+                let found = RecordFile::open(&path)
+                    .unwrap()
+                    .unwrap()
+                    .get()
+                    .unwrap()
+                    .clone();
+                assert!(found == old || found == new, "cut at {cut}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn two_broken_copies_are_an_error_and_not_a_default() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, _) = installed(&folder);
+        for garbage in [
+            vec![],
+            vec![0; 8192],
+            vec![0xff; 100],
+            b"FWPBOOT1 and no more".repeat(400),
+        ] {
+            std::fs::write(&path, garbage).unwrap();
+            let error = RecordFile::open(&path).unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    SlotError::Record {
+                        source: RecordError::BothBroken { .. },
+                        ..
+                    }
+                ),
+                "{error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_broken_newer_copy_falls_back_to_the_older() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, mut file) = installed(&folder);
+        let old = file.get().unwrap().clone();
+        file.update(|record| record.mark_trial(SlotId::B, image(4), 3).map(|()| true))
+            .unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[4096 + 100] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(
+            *RecordFile::open(&path).unwrap().unwrap().get().unwrap(),
+            old
+        );
+    }
+
+    #[derive(Debug, Clone)]
+    enum Change {
+        Invalidate(SlotId),
+        Trial(SlotId, u8),
+        Confirm(SlotId, u64),
+        Reject(SlotId),
+        Boot,
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let slot = prop_oneof![Just(SlotId::A), Just(SlotId::B)];
+        prop_oneof![
+            slot.clone().prop_map(Change::Invalidate),
+            (slot.clone(), 0u8..4).prop_map(|(slot, tries)| Change::Trial(slot, tries)),
+            (slot.clone(), 0u64..5).prop_map(|(slot, floor)| Change::Confirm(slot, floor)),
+            slot.prop_map(Change::Reject),
+            Just(Change::Boot),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_asked_a_confirmed_slot_remains(changes in prop::collection::vec(change(), 0..40)) {
+            let mut record = BootRecord::first(SlotId::A, image(1));
+            for change in changes {
+                // A refused change leaves the record as it was: `update` works on a copy.
+                let mut next = record.clone();
+                let result = match change {
+                    Change::Invalidate(slot) => next.invalidate(slot).map(|_| ()),
+                    Change::Trial(slot, tries) => next.mark_trial(slot, image(2), tries),
+                    Change::Confirm(slot, floor) => next.confirm(slot, floor).map(|_| ()),
+                    Change::Reject(slot) => next.reject(slot).map(|_| ()),
+                    Change::Boot => { prop_assert!(next.boot().is_some()); Ok(()) }
+                };
+                if result.is_ok() {
+                    record = next;
+                }
+                prop_assert!(record.slots.iter().any(|slot| slot.state == SlotState::Confirmed), "{record:?}");
+                prop_assert_eq!(&BootRecord::decode(&record.encode().unwrap()).unwrap(), &record);
+            }
+        }
+
+        #[test]
+        fn any_flipped_bit_is_noticed(bit in 0..COPY_BYTES * 8) {
+            let mut copy = BootRecord::first(SlotId::A, image(1)).encode().unwrap();
+            copy[bit / 8] ^= 1 << (bit % 8);
+            prop_assert!(BootRecord::decode(&copy).is_err());
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! The state directory.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use super::{Document, Store, StoreError};
+use crate::limits;
+
+const LOCK: &str = "lock";
+const GROUPS_WRITTEN: &str = "groups-written";
+
+/// Documents as files of one directory, mode 0700, used by one agent at a time.
+#[derive(Debug)]
+pub struct DirStore {
+    path: PathBuf,
+    groups_written: AtomicU64,
+    groups_file: File,
+    /// Held for as long as the store is open; the kernel lets go of it when the process ends, however it ends.
+    _lock: File,
+}
+
+impl DirStore {
+    /// Opens the directory and makes it if it is missing. In use by another agent: [`StoreError::InUse`].
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let failed = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |source| StoreError::File {
+                operation,
+                path,
+                source,
+            }
+        };
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(failed("create", path))?;
+        let lock = open_private(&path.join(LOCK)).map_err(failed("open", &path.join(LOCK)))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: path.into() }),
+            Err(TryLockError::Error(source)) => {
+                return Err(failed("lock", &path.join(LOCK))(source));
+            }
+        }
+        let groups_path = path.join(GROUPS_WRITTEN);
+        let groups_file = open_private(&groups_path).map_err(failed("open", &groups_path))?;
+        let groups_written = AtomicU64::new(read_groups_written(path));
+        Ok(Self {
+            path: path.into(),
+            groups_written,
+            groups_file,
+            _lock: lock,
+        })
+    }
+
+    /// A document of a directory that may be in use, for looking at it.
+    pub fn look(path: &Path, document: Document) -> Result<Option<Vec<u8>>, StoreError> {
+        load(&path.join(document.to_string()))
+    }
+
+    /// The groups that the agents of a directory, which may be in use, have written.
+    pub fn look_groups_written(path: &Path) -> u64 {
+        read_groups_written(path)
+    }
+}
+
+impl Store for DirStore {
+    fn load(&self, document: Document) -> Result<Option<Vec<u8>>, StoreError> {
+        load(&self.path.join(document.to_string()))
+    }
+
+    fn save(&self, document: Document, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.path.join(document.to_string());
+        replace_file(&path, bytes).map_err(|source| StoreError::File {
+            operation: "write",
+            path,
+            source,
+        })
+    }
+
+    fn count_groups_written(&self, groups: u64) {
+        let total = self.groups_written.fetch_add(groups, Ordering::Relaxed) + groups;
+        // Never synced: the page cache keeps it over a kill, and flash is not worn by a count.
+        if let Err(error) = self
+            .groups_file
+            .write_all_at(format!("{total:020}\n").as_bytes(), 0)
+        {
+            tracing::debug!(%error, "The count of written groups could not be kept.");
+        }
+    }
+
+    fn groups_written(&self) -> u64 {
+        self.groups_written.load(Ordering::Relaxed)
+    }
+}
+
+fn open_private(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+}
+
+fn load(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
+    let failed = |source| StoreError::File {
+        operation: "read",
+        path: path.into(),
+        source,
+    };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let mut bytes = Vec::new();
+    let limit = limits::DOCUMENT_BYTES;
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .map_err(failed)?;
+    if bytes.len() as u64 > limit {
+        return Err(StoreError::TooLarge {
+            path: path.into(),
+            limit,
+        });
+    }
+    Ok(Some(bytes))
+}
+
+fn read_groups_written(folder: &Path) -> u64 {
+    let text = fs::read_to_string(folder.join(GROUPS_WRITTEN)).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// Replaces a file as a whole, mode 0600: temporary file, fsync, rename, fsync of the directory. Whatever fails or is cut,
+/// the old or the new content is there.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let temporary = path.with_added_extension("tmp");
+    // A temporary file left by a cut may be of any content and mode.
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)?;
+    sync_parent(path)
+}
+
+/// Makes the directory entry of `path` durable.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_are_replaced_as_a_whole_and_survive_reopening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/state");
+        let store = DirStore::open(&path).unwrap();
+        assert_eq!(store.load(Document::State).unwrap(), None);
+        store.save(Document::State, b"one, and long").unwrap();
+        store.save(Document::State, b"two").unwrap();
+        store.save(Document::Root(12), b"root").unwrap();
+        store.count_groups_written(3);
+        store.count_groups_written(4);
+        drop(store);
+        let store = DirStore::open(&path).unwrap();
+        assert_eq!(store.load(Document::State).unwrap().unwrap(), b"two");
+        assert_eq!(store.load(Document::Root(12)).unwrap().unwrap(), b"root");
+        assert_eq!(store.groups_written(), 7);
+        assert_eq!(DirStore::look_groups_written(&path), 7);
+    }
+
+    #[test]
+    fn a_file_left_by_a_cut_write_is_not_taken_for_the_document() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = DirStore::open(folder.path()).unwrap();
+        store.save(Document::State, b"whole").unwrap();
+        fs::write(folder.path().join("state.json.tmp"), b"ha").unwrap();
+        assert_eq!(store.load(Document::State).unwrap().unwrap(), b"whole");
+        store.save(Document::State, b"next").unwrap();
+        assert_eq!(store.load(Document::State).unwrap().unwrap(), b"next");
+    }
+
+    #[test]
+    fn a_second_agent_on_the_same_directory_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let _first = DirStore::open(folder.path()).unwrap();
+        assert!(matches!(
+            DirStore::open(folder.path()),
+            Err(StoreError::InUse { .. })
+        ));
+    }
+
+    #[test]
+    fn an_absurdly_large_document_is_refused_before_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = DirStore::open(folder.path()).unwrap();
+        let file = File::create(folder.path().join("state.json")).unwrap();
+        file.set_len(1 << 40).unwrap();
+        assert!(matches!(
+            store.load(Document::State),
+            Err(StoreError::TooLarge { .. })
+        ));
+    }
+}

@@ -1,0 +1,280 @@
+//! Brings an image into the spare slot: its outline, what the device has already, then the missing groups.
+//!
+//! Every group is checked against the outline, and the outline against the signed root, before a byte is written
+//! (invariant 5). A broken link, a server that is busy or restarts, and single bad groups are waited out and tried again;
+//! what ends a transfer is named in its [`Trouble`].
+
+use std::{sync::Arc, time::Duration};
+
+use fwpush_keys::{error_text, id::FileId, outline::Outline};
+use rand::{RngExt as _, rngs::SmallRng};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
+
+use crate::{
+    agent::{AgentEvent, Observer},
+    channel::Connection,
+    limits,
+    settings::TransferSettings,
+    slots::{SlotHandle, Slots},
+    store::Store,
+    update::{Admitted, Trouble, resume::Missing},
+};
+
+mod pull;
+mod sink;
+
+use pull::{Pull, PullError};
+use sink::{Sink, SinkError};
+
+/// One image on its way into the spare slot.
+pub(crate) struct Transfer<S> {
+    pub slots: SlotHandle<S>,
+    pub store: Arc<dyn Store>,
+    pub connection: watch::Receiver<Option<Connection>>,
+    pub settings: TransferSettings,
+    pub observe: Observer,
+    /// Bytes of the image that the spare slot holds, verified.
+    pub progress: watch::Sender<u64>,
+    pub random: SmallRng,
+}
+
+impl<S: Slots> Transfer<S> {
+    /// Ends when the spare slot holds the image, every group verified and all of it durable; or when it cannot be had.
+    /// May be dropped at any moment: what was written stays and is found again.
+    pub(crate) async fn run(mut self, release: Admitted) -> Result<(), Trouble> {
+        let mut tries = Tries::new(&self.settings);
+        let outline = self.fetch_outline(&release, &mut tries).await?;
+        let missing = Missing::all(outline);
+        let sink = Sink::new(
+            self.slots.clone(),
+            Arc::clone(&self.store),
+            Arc::clone(&self.observe),
+            missing,
+        );
+        let mut sink = self.reuse(sink).await?;
+        tries.progress();
+        while let Some(run) = sink.missing().first_run() {
+            let bytes = sink.missing().bytes_of(&run);
+            let before = sink.missing().bytes_done();
+            let pull = self.pull(release.file_id(), &tries).await?;
+            sink.begin(bytes.start);
+            let result;
+            (sink, result) = pull.content(sink, bytes).await?;
+            self.progress.send_replace(sink.missing().bytes_done());
+            if sink.missing().bytes_done() > before {
+                tries.progress();
+            }
+            if let Err(error) = result {
+                self.after(error, &mut tries).await?;
+            }
+        }
+        let (_, synced) = sink.run(Sink::sync).await?;
+        synced.map_err(trouble_of)
+    }
+
+    async fn fetch_outline(
+        &mut self,
+        release: &Admitted,
+        tries: &mut Tries,
+    ) -> Result<Outline, Trouble> {
+        let (file, size) = (release.file_id(), release.image().size);
+        loop {
+            let expected = Outline::encoded_len(size);
+            let fetched = match expected {
+                0 => Ok(Vec::new()),
+                _ => self.pull(file, tries).await?.outline(expected).await,
+            };
+            let refused = match fetched {
+                Ok(bytes) => match Outline::from_bytes(file, size, &bytes) {
+                    Ok(outline) => return Ok(outline),
+                    Err(error) => PullError::Outline(error),
+                },
+                Err(error) => error,
+            };
+            self.after(refused, tries).await?;
+        }
+    }
+
+    /// Takes what the device has: right already in the spare slot, all zero, or at the same place in the running slot.
+    async fn reuse(&mut self, mut sink: Sink<S>) -> Result<Sink<S>, Trouble> {
+        let groups = sink.missing().outline().groups();
+        let batch = limits::SCAN_BYTES as u64 / fwpush_keys::outline::GROUP_BYTES;
+        let mut reused;
+        (sink, reused) = sink.run(Sink::forget_cached).await?;
+        reused.map_err(trouble_of)?;
+        for start in (0..groups).step_by(batch.max(1) as usize) {
+            let end = groups.min(start + batch);
+            (sink, reused) = sink.run(move |sink| sink.scan(start..end)).await?;
+            reused.map_err(trouble_of)?;
+            self.progress.send_replace(sink.missing().bytes_done());
+            // In-memory slots are scanned on this very thread.
+            tokio::task::yield_now().await;
+        }
+        let reused = groups - sink.missing().groups();
+        if reused > 0 {
+            (self.observe)(AgentEvent::GroupsReused(reused));
+        }
+        Ok(sink)
+    }
+
+    /// Waits for a connection.
+    async fn pull(&mut self, file: FileId, tries: &Tries) -> Result<Pull, Trouble> {
+        let gone = |_| Trouble::transient("STOPPED", "the agent is stopping");
+        let connection = self
+            .connection
+            .wait_for(Option::is_some)
+            .await
+            .map_err(gone)?
+            .clone();
+        let connection =
+            connection.ok_or_else(|| Trouble::transient("STOPPED", "the connection has ended"))?;
+        Ok(Pull {
+            connection,
+            file,
+            chunk_bytes: tries.chunk_bytes,
+            bandwidth_limit: self.settings.bandwidth_limit,
+            observe: Arc::clone(&self.observe),
+        })
+    }
+
+    /// After an error: waits until it is time to try again, or gives up.
+    async fn after(&mut self, error: PullError, tries: &mut Tries) -> Result<(), Trouble> {
+        if let PullError::Sink(SinkError::Group { index, .. }) = &error {
+            (self.observe)(AgentEvent::GroupRefused {
+                index: *index,
+                message: error.to_string(),
+            });
+        }
+        tracing::debug!(error = error_text(&error), "A download was cut.");
+        let wait = tries.after(error, &mut self.random)?;
+        sleep(wait).await;
+        Ok(())
+    }
+}
+
+/// What was tried in vain in this transfer.
+#[derive(Debug)]
+struct Tries {
+    /// Asked for; smaller after a stall, so that a slow link completes a chunk.
+    chunk_bytes: u32,
+    /// Since the last progress.
+    failures: u32,
+    server_refusals: u32,
+    outline_refusals: u32,
+    group_refusals: u32,
+    /// The group refused last, and how often in a row.
+    refused_group: (u64, u32),
+}
+
+impl Tries {
+    fn new(settings: &TransferSettings) -> Self {
+        Self {
+            chunk_bytes: settings.chunk_bytes,
+            failures: 0,
+            server_refusals: 0,
+            outline_refusals: 0,
+            group_refusals: 0,
+            refused_group: (u64::MAX, 0),
+        }
+    }
+
+    fn progress(&mut self) {
+        self.failures = 0;
+        self.server_refusals = 0;
+    }
+
+    /// How long to wait before the next try; an error when there is no sense in another.
+    fn after(&mut self, error: PullError, random: &mut SmallRng) -> Result<Duration, Trouble> {
+        let message = error_text(&error);
+        match error {
+            PullError::Busy(wait) => return Ok(wait + wait.mul_f64(random.random())),
+            PullError::Sink(SinkError::Slot(error)) => {
+                return Err(trouble_of(SinkError::Slot(error)));
+            }
+            PullError::Sink(SinkError::Gone) => return Err(trouble_of(SinkError::Gone)),
+            PullError::Sink(SinkError::Group { index, .. }) => {
+                self.group_refused(index, message)?
+            }
+            PullError::Outline(error) => {
+                self.outline_refusals += 1;
+                if self.outline_refusals >= limits::OUTLINE_REFUSALS {
+                    return Err(Trouble::lasting(error.code(), message));
+                }
+            }
+            PullError::Refused { code, lasting, .. } => {
+                self.server_refusals += 1;
+                if self.server_refusals >= limits::SERVER_REFUSALS {
+                    return Err(if lasting {
+                        Trouble::lasting(code, message)
+                    } else {
+                        Trouble::transient(code, message)
+                    });
+                }
+            }
+            PullError::Stalled => {
+                self.chunk_bytes = (self.chunk_bytes / 2).max(*limits::CHUNK_BYTES_RANGE.start());
+            }
+            PullError::Link(_) => {}
+        }
+        self.failures = (self.failures + 1).min(16);
+        let ceiling = limits::RETRY_MIN
+            .saturating_mul(1 << self.failures)
+            .min(limits::RETRY_MAX);
+        Ok(ceiling.mul_f64(random.random()))
+    }
+
+    fn group_refused(&mut self, index: u64, message: String) -> Result<(), Trouble> {
+        self.group_refusals += 1;
+        let (last, times) = self.refused_group;
+        self.refused_group = (index, if last == index { times + 1 } else { 1 });
+        if self.refused_group.1 >= limits::REFUSALS_PER_GROUP
+            || self.group_refusals >= limits::REFUSALS_PER_TRANSFER
+        {
+            return Err(Trouble::lasting("GROUP_MISMATCH", message));
+        }
+        Ok(())
+    }
+}
+
+fn trouble_of(error: SinkError) -> Trouble {
+    let message = error_text(&error);
+    match error {
+        SinkError::Slot(_) => Trouble::transient("STORAGE", message),
+        SinkError::Group { .. } => Trouble::lasting("GROUP_MISMATCH", message),
+        SinkError::Gone => Trouble::transient("STOPPED", message),
+    }
+}
+
+/// Spends time so that bytes arrive at no more than a given rate.
+#[derive(Debug)]
+struct Pace {
+    bytes_per_second: Option<u64>,
+    /// When what was received would have been received at that rate.
+    due: Instant,
+}
+
+impl Pace {
+    fn new(bytes_per_second: Option<u64>) -> Self {
+        Self {
+            bytes_per_second: bytes_per_second.filter(|rate| *rate > 0),
+            due: Instant::now(),
+        }
+    }
+
+    fn received(&mut self, bytes: usize) {
+        if let Some(rate) = self.bytes_per_second {
+            self.due =
+                self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
+        }
+    }
+
+    /// Until the next bytes may be received.
+    async fn wait(&self) {
+        if self.bytes_per_second.is_some() {
+            tokio::time::sleep_until(self.due).await;
+        }
+    }
+}

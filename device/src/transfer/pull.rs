@@ -1,0 +1,292 @@
+//! One DownloadFile call: bytes from the server, in order, no more than asked for.
+
+use std::{collections::VecDeque, ops::Range, time::Duration};
+
+use bytes::Bytes;
+use fwpush_keys::{id::FileId, outline::OutlineError};
+use fwpush_proto::v1::{FileChunk, FileRequest, Part, file_service_client::FileServiceClient};
+use thiserror::Error;
+use tokio::{
+    task::{JoinError, JoinHandle},
+    time::{Instant, timeout_at},
+};
+use tonic::{Code, Status, Streaming};
+
+use super::{
+    Pace,
+    sink::{Sink, SinkError},
+};
+use crate::{
+    agent::{AgentEvent, Observer},
+    channel::Connection,
+    limits,
+    slots::Slots,
+    update::Trouble,
+};
+
+/// Why a call ended before its last byte.
+#[derive(Debug, Error)]
+pub(super) enum PullError {
+    #[error("the download was cut")]
+    Link(#[source] Box<Status>),
+    #[error("the download stalled")]
+    Stalled,
+    #[error("the server has too many downloads; it asks to wait {0:?}")]
+    Busy(Duration),
+    /// The server will not send what was asked for, or sent something else.
+    #[error("the server refused the download: {message}")]
+    Refused {
+        code: &'static str,
+        message: String,
+        lasting: bool,
+    },
+    #[error(transparent)]
+    Outline(OutlineError),
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+}
+
+impl PullError {
+    fn of(status: Status) -> Self {
+        let refused = |code, lasting| {
+            let mut message = status.message().to_owned();
+            message.truncate(message.floor_char_boundary(limits::WORDS_BYTES));
+            Self::Refused {
+                code,
+                message,
+                lasting,
+            }
+        };
+        match status.code() {
+            Code::ResourceExhausted => Self::Busy(retry_after(&status)),
+            Code::NotFound => refused("FILE_NOT_FOUND", false),
+            Code::DataLoss => refused("FILE_DAMAGED", false),
+            Code::PermissionDenied => refused("FILE_DENIED", true),
+            Code::FailedPrecondition => refused("FILE_REVOKED", true),
+            Code::OutOfRange => refused("FILE_RANGE", true),
+            Code::InvalidArgument | Code::Unimplemented => refused("FILE_REQUEST", true),
+            _ => Self::Link(Box::new(status)),
+        }
+    }
+
+    /// The server sent other bytes than it was asked for.
+    fn wrong(message: &str) -> Self {
+        Self::Refused {
+            code: "FILE_STREAM",
+            message: message.to_owned(),
+            lasting: false,
+        }
+    }
+}
+
+/// The trailer of RESOURCE_EXHAUSTED, clamped; a second without it.
+fn retry_after(status: &Status) -> Duration {
+    let trailer = status
+        .metadata()
+        .get("retry-after-ms")
+        .and_then(|value| value.to_str().ok());
+    let wait = trailer
+        .and_then(|value| value.parse().ok())
+        .map_or(Duration::from_secs(1), Duration::from_millis);
+    wait.clamp(limits::RETRY_MIN, limits::RETRY_AFTER_MAX)
+}
+
+/// A connection and what is asked over it.
+pub(super) struct Pull {
+    pub connection: Connection,
+    pub file: FileId,
+    pub chunk_bytes: u32,
+    pub bandwidth_limit: Option<u64>,
+    pub observe: Observer,
+}
+
+impl Pull {
+    /// The outline, exactly `expected` bytes.
+    pub(super) async fn outline(self, expected: u64) -> Result<Vec<u8>, PullError> {
+        let mut chunks = self.open(Part::Outline, 0..expected).await?;
+        // The size came from the manifest and fits the slot; the outline is a two-thousandth of it.
+        let mut outline = Vec::with_capacity(usize::try_from(expected).unwrap_or(0));
+        while let Some(bytes) = chunks.next().await? {
+            outline.extend_from_slice(&bytes);
+        }
+        Ok(outline)
+    }
+
+    /// Bytes of the file into the sink. What was verified and written before an error stays; the sink comes back either way.
+    pub(super) async fn content<S: Slots>(
+        self,
+        sink: Sink<S>,
+        bytes: Range<u64>,
+    ) -> Result<(Sink<S>, Result<(), PullError>), Trouble> {
+        match self.open(Part::Content, bytes).await {
+            Err(error) => Ok((sink, Err(error))),
+            Ok(chunks) if sink.blocks() => drain_beside(sink, chunks).await,
+            Ok(chunks) => Ok(drain_inline(sink, chunks).await),
+        }
+    }
+
+    async fn open(self, part: Part, range: Range<u64>) -> Result<Chunks, PullError> {
+        let request = FileRequest {
+            file_id: self.file.to_string(),
+            offset: range.start,
+            length: range.end - range.start,
+            max_chunk_bytes: self.chunk_bytes,
+            part: part.into(),
+        };
+        let mut client = FileServiceClient::new(self.connection.channel.clone())
+            .max_decoding_message_size(limits::CHUNK_MESSAGE_BYTES);
+        let called = timeout_at(
+            Instant::now() + limits::STALL_TIMEOUT,
+            client.download_file(request),
+        )
+        .await;
+        let stream = called
+            .map_err(|_| PullError::Stalled)?
+            .map_err(PullError::of)?
+            .into_inner();
+        Ok(Chunks {
+            stream,
+            range,
+            connection: self.connection,
+            pace: Pace::new(self.bandwidth_limit),
+            observe: self.observe,
+        })
+    }
+}
+
+/// Slots that never block: each chunk is verified and written where it was received.
+async fn drain_inline<S: Slots>(
+    mut sink: Sink<S>,
+    mut chunks: Chunks,
+) -> (Sink<S>, Result<(), PullError>) {
+    loop {
+        let taken = match chunks.next().await {
+            Ok(None) => return (sink, Ok(())),
+            Ok(Some(bytes)) => sink.take(bytes).map_err(PullError::from),
+            Err(error) => Err(error),
+        };
+        if taken.is_err() {
+            return (sink, taken);
+        }
+    }
+}
+
+/// Slots that may block: while one thread verifies and writes what has come, the next is received, up to
+/// [`limits::RECEIVED_BYTES`].
+async fn drain_beside<S: Slots>(
+    sink: Sink<S>,
+    mut chunks: Chunks,
+) -> Result<(Sink<S>, Result<(), PullError>), Trouble> {
+    let mut received: VecDeque<Bytes> = VecDeque::new();
+    let mut ended = None;
+    let mut writer = Writer::Idle(sink);
+    loop {
+        writer = match writer {
+            Writer::Idle(sink) if !received.is_empty() => {
+                let batch = std::mem::take(&mut received);
+                Writer::Busy(
+                    sink.spawn(|sink| batch.into_iter().try_for_each(|bytes| sink.take(bytes))),
+                )
+            }
+            Writer::Idle(sink) => match ended {
+                Some(result) => return Ok((sink, result)),
+                None => Writer::Idle(sink),
+            },
+            busy => busy,
+        };
+        let room = received.iter().map(Bytes::len).sum::<usize>() < limits::RECEIVED_BYTES;
+        tokio::select! {
+            written = writer.written() => {
+                let (sink, result) = written?;
+                if let Err(error) = result {
+                    return Ok((sink, Err(error.into())));
+                }
+                writer = Writer::Idle(sink);
+            }
+            next = chunks.next(), if room && ended.is_none() => match next {
+                Ok(Some(bytes)) => received.push_back(bytes),
+                Ok(None) => ended = Some(Ok(())),
+                Err(error) => ended = Some(Err(error)),
+            },
+        }
+    }
+}
+
+/// The sink, here or on the thread that writes.
+enum Writer<S> {
+    Idle(Sink<S>),
+    Busy(JoinHandle<(Sink<S>, Result<(), SinkError>)>),
+}
+
+impl<S: Slots> Writer<S> {
+    /// The end of the write that is under way; never, without one.
+    async fn written(&mut self) -> Result<(Sink<S>, Result<(), SinkError>), Trouble> {
+        match self {
+            Writer::Idle(_) => std::future::pending().await,
+            Writer::Busy(handle) => handle.await.map_err(stopped),
+        }
+    }
+}
+
+/// The writing thread is gone: the process is stopping, or a slot's code panicked.
+pub(super) fn stopped(error: JoinError) -> Trouble {
+    Trouble::transient("STOPPED", error.to_string())
+}
+
+/// The chunks of one call.
+struct Chunks {
+    stream: Streaming<FileChunk>,
+    /// What is still to come.
+    range: Range<u64>,
+    connection: Connection,
+    pace: Pace,
+    observe: Observer,
+}
+
+impl Chunks {
+    /// The next bytes; `None` after the last. May be dropped while it waits: nothing is lost.
+    async fn next(&mut self) -> Result<Option<Bytes>, PullError> {
+        if self.range.is_empty() {
+            return Ok(None);
+        }
+        self.pace.wait().await;
+        let chunk = self
+            .receive()
+            .await?
+            .ok_or_else(|| PullError::wrong("the stream ended early"))?;
+        let length = chunk.content.len() as u64;
+        if chunk.offset != self.range.start || length > self.range.end - self.range.start {
+            return Err(PullError::wrong("it sent other bytes than were asked for"));
+        }
+        if chunk.is_last && length < self.range.end - self.range.start {
+            return Err(PullError::wrong(
+                "the file is shorter than its manifest says",
+            ));
+        }
+        if length == 0 {
+            // Else a server could keep the call alive without sending anything.
+            return Err(PullError::wrong("it sent an empty chunk"));
+        }
+        self.range.start += length;
+        (self.observe)(AgentEvent::Bytes(length));
+        self.pace.received(chunk.content.len());
+        Ok(Some(chunk.content))
+    }
+
+    /// A message, or a stall: no byte on the whole connection for a minute, or no chunk for ten.
+    async fn receive(&mut self) -> Result<Option<FileChunk>, PullError> {
+        let give_up = Instant::now() + limits::GROUP_TIMEOUT;
+        loop {
+            let silent = Instant::now()
+                + limits::STALL_TIMEOUT.saturating_sub(self.connection.last_byte.silence());
+            match timeout_at(silent.min(give_up), self.stream.message()).await {
+                Ok(message) => return message.map_err(PullError::of),
+                Err(_) if Instant::now() >= give_up => return Err(PullError::Stalled),
+                Err(_) if self.connection.last_byte.silence() >= limits::STALL_TIMEOUT => {
+                    return Err(PullError::Stalled);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
