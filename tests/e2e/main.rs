@@ -1,1 +1,14 @@
 //! The end-to-end tests: one binary, so that everything is linked once.
+
+mod agent_kills;
+mod bad_image;
+mod corruption;
+mod demo;
+mod download;
+mod fleet;
+mod hostile_server;
+mod limits;
+mod operator;
+mod stream;
+mod tls;
+mod tour;
