@@ -3,11 +3,27 @@
 //! `api` parses, authorises and maps errors; `rollout` decides; `driver` and `ingest` commit; `session` holds the devices
 //! connected to this node. ARCHITECTURE.md has the map.
 
+pub mod access;
+mod api;
+mod backup;
+pub mod config;
 pub mod db;
 pub mod desired;
+pub mod devices;
 pub mod driver;
+pub mod files;
 pub mod ingest;
 pub mod limits;
+mod listen;
+mod metrics;
+pub mod releases;
 pub mod rollout;
 pub mod rollouts;
+mod server;
 pub mod session;
+mod stream;
+pub mod trust;
+mod wire;
+
+pub use config::{Config, ConfigError};
+pub use server::{Addresses, Running, Server, StartError, lock};

@@ -139,6 +139,9 @@ pub const ISSUED_AHEAD: Duration = Duration::from_secs(300);
 pub const PAGE_DEFAULT: u32 = 100;
 pub const PAGE_MAX: u32 = 1_000;
 
+/// Devices whose `last_seen` one commit writes.
+pub const SEEN_BATCH: usize = 1_000;
+
 /// Life of a device certificate, days.
 pub const CERTIFICATE_DAYS_DEFAULT: u32 = 3_650;
 pub const CERTIFICATE_DAYS_MAX: u32 = 10_950;
@@ -147,3 +150,118 @@ pub const CERTIFICATE_DAYS_MAX: u32 = 10_950;
 pub const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 // ---- Engine (database, rollouts, ingestion) ----
+
+/// Rows changed in one commit at most: some 30 ms of the one writer, so that reports never wait long behind a large fleet.
+pub const COMMIT_ROWS: usize = 5_000;
+
+/// Connections that read while the writer writes: registrations and pages are short, so twice the cores of a small machine.
+pub const DB_READERS: u32 = 4;
+
+/// Wait for a lock that another process holds, such as a backup tool that checkpoints.
+pub const DB_BUSY: Duration = Duration::from_secs(5);
+
+/// Wait for a connection of this process: longer than [`DB_BUSY`], so that its clearer error comes first.
+pub const DB_ACQUIRE: Duration = Duration::from_secs(10);
+
+/// Page cache of one connection, KiB: the open rows of 30,000 devices with their indices.
+pub const DB_CACHE_KIB: u32 = 16 * 1024;
+
+/// The write-ahead log is cut back to this after a checkpoint: a few of the largest commits.
+pub const DB_WAL_BYTES: u64 = 64 << 20;
+
+/// Devices changed in one transaction: each changes its record, an ended and a new row and an event at most, and so stays within
+/// [`COMMIT_ROWS`].
+pub const STATE_ROWS: usize = 1_000;
+
+/// Devices looked at in one step of choosing.
+pub const ENROL_ROWS: usize = 1_000;
+
+/// Reports, notes of delivery and registrations that wait for their commit: four seconds of the fastest commits measured in
+/// tests, some 20 MB. What comes beyond is dropped unacknowledged and comes again.
+pub const INGEST_QUEUE: usize = 20_000;
+
+/// A group is committed when it has this many, or after [`GROUP_WAIT`].
+pub const GROUP_READY: usize = 500;
+pub const GROUP_WAIT: Duration = Duration::from_millis(50);
+
+/// A commit that failed is tried again after this, doubled up to [`RETRY_MAX`].
+pub const RETRY_MIN: Duration = Duration::from_millis(100);
+pub const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// A registration waits for its commit at most this long: below the agent's patience for an answer.
+pub const REGISTER_COMMIT: Duration = Duration::from_secs(8);
+
+/// What is queued when the server stops is committed within this; the rest comes again from the devices.
+pub const FLUSH_TIME: Duration = Duration::from_secs(5);
+
+/// How long a device may be silent: 10 min to answer a notice or to decide after a deferral (a reboot and a reconnect of 5 min),
+/// 1 h for any step (a download without a byte, a health check, a boot that takes its time). A deferral of more than a week is cut.
+pub const TIMEOUTS: crate::rollout::Timeouts = crate::rollout::Timeouts {
+    reply: Duration::from_secs(600),
+    after_deferral: Duration::from_secs(600),
+    longest_deferral: Duration::from_secs(7 * 24 * 3_600),
+    step: Duration::from_secs(3_600),
+};
+
+/// Connected devices hear of a change within 1 s; those that have not after ten times that are not connected.
+pub const SETTLE: Duration = Duration::from_secs(10);
+
+/// Tries of one rollout's release on a device that lost its state in between.
+pub const ATTEMPTS: u32 = 3;
+
+/// The largest number that every part of the system keeps exactly: 2^53 - 1 (RFC 8259 section 6).
+pub const NUMBER: u64 = (1 << 53) - 1;
+
+/// A version that a device reports, such as `1.4.0-rc.2+build.77`.
+pub const VERSION_BYTES: usize = 128;
+
+/// A boot id: Linux gives a UUID of 36 characters.
+pub const BOOT_ID_BYTES: usize = 64;
+
+/// Open rollouts of one product that a registering device is compared with, the newest first.
+pub const JOINABLE: u32 = 16;
+
+/// The driver looks again after this even if nobody woke it; it waits this long between two looks; and takes at most this many
+/// steps for one rollout before it looks at the next.
+pub const DRIVER_TICK: Duration = Duration::from_secs(30);
+pub const DRIVER_PAUSE: Duration = Duration::from_millis(20);
+pub const DRIVER_STEPS: usize = 16;
+
+/// Rollouts read in one page by the driver.
+pub const ROLLOUTS_PER_PAGE: u32 = 100;
+
+/// A node that drives a rollout and dies is replaced after this; every step prolongs it.
+pub const LEASE_LIFE: Duration = Duration::from_secs(10);
+
+/// Rows read in one page while catching up with what devices should do, and devices whose state is computed at once.
+pub const FOLLOW_ROWS: usize = 5_000;
+pub const FOLLOW_STATES: usize = 500;
+
+/// A commit becomes visible at most this long after the time stamped on it.
+pub const FOLLOW_MARGIN: Duration = Duration::from_secs(60);
+
+/// Without any nudge, revisions are compared this often, +-20 %.
+pub const FOLLOW_TICK: Duration = Duration::from_secs(30);
+
+/// History of devices is kept for 90 days, and no more than this many entries of one device.
+pub const HISTORY: Duration = Duration::from_secs(90 * 24 * 3_600);
+pub const EVENTS_PER_DEVICE: u32 = 200;
+
+/// Details of one event.
+pub const EVENT_BYTES: usize = 2 * 1024;
+
+/// Old history is taken away this often.
+pub const HOUSEKEEPING: Duration = Duration::from_secs(3_600);
+
+/// Releases kept in memory with their envelopes (64 KiB at most each), and for how long a revocation made by another node may
+/// be missed.
+pub const RELEASE_CACHE: usize = 128;
+pub const RELEASE_CACHE_LIFE: Duration = Duration::from_secs(5);
+
+/// Rows of the longest lists: releases with their envelopes, rollouts with their counts, groups of a preview.
+pub const RELEASES_LISTED: u32 = 1_000;
+pub const ROLLOUTS_LISTED: u32 = 500;
+pub const PREVIEW_GROUPS: usize = 1_000;
+
+/// `last_seen` of a connected device is written at most this often.
+pub const LAST_SEEN: Duration = Duration::from_secs(600);

@@ -1,26 +1,410 @@
-//! The devices connected to this node.
+//! The devices connected to this node: one session each, newest wins.
+//!
+//! A session owns a latest-wins slot for what the device should run and a short queue for everything else, so that a slow
+//! reader never grows anything. The stream itself is served by `api::push`; this is its address book.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
-use fwpush_keys::id::DeviceId;
+use fwpush_keys::{
+    id::{DeviceId, Product},
+    time::Timestamp,
+};
+use fwpush_proto::v1::{
+    EventType, NotifyEvent, PushOutcome, ServerMessage, server_message::Kind as ToDevice,
+};
+use tokio::sync::{mpsc, watch};
 
-use crate::desired::Desired;
+use crate::{desired::Desired, ingest::Acked, limits};
+
+/// Why the server ends a stream; the device is told in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closing {
+    /// A newer stream of the same device took over.
+    Replaced,
+    /// An operator blocked or removed the device.
+    Refused,
+    /// The node is going down; the device was told where to wait.
+    Draining,
+}
+
+/// What the stream's task holds of its session.
+#[derive(Debug)]
+pub struct Session {
+    pub id: String,
+    /// Fencing number: of two sessions of one device the higher is the newer.
+    pub epoch: u64,
+    /// True when the device named its last session and the server knew it.
+    pub resumed: bool,
+    pub desired: watch::Receiver<Option<Arc<Desired>>>,
+    pub control: mpsc::Receiver<ServerMessage>,
+    pub acks: watch::Receiver<Option<Acked>>,
+    /// Where `Ingest` puts what is committed.
+    pub ack_sink: Arc<watch::Sender<Option<Acked>>>,
+    pub closing: watch::Receiver<Option<Closing>>,
+    device: DeviceId,
+    sessions: Sessions,
+}
 
 /// All sessions of this node; clones share them.
-#[derive(Clone, Debug, Default)]
-pub struct Sessions {}
+#[derive(Clone, Debug)]
+pub struct Sessions {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: Mutex<State>,
+    epoch: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    live: HashMap<DeviceId, Entry>,
+    /// The last session of devices that left, so that their return is a resumption.
+    left: HashMap<DeviceId, String>,
+    /// Who hears of a device, and who hears of every device of a product.
+    hears_device: HashMap<DeviceId, HashSet<DeviceId>>,
+    hears_product: HashMap<Product, HashSet<DeviceId>>,
+    draining: bool,
+}
+
+#[derive(Debug)]
+struct Entry {
+    session_id: String,
+    epoch: u64,
+    product: Product,
+    hears: Vec<String>,
+    desired: watch::Sender<Option<Arc<Desired>>>,
+    control: mpsc::Sender<ServerMessage>,
+    closing: watch::Sender<Option<Closing>>,
+    /// When `last_seen` was last handed to the database.
+    seen_flushed: Option<Timestamp>,
+}
 
 impl Sessions {
+    /// `floor` is the present time: epochs start above every epoch that an earlier run gave out.
+    pub fn new(floor: Timestamp) -> Self {
+        let start = u64::try_from(floor.as_ms()).unwrap_or(0);
+        Self { inner: Arc::new(Inner { state: Mutex::default(), epoch: AtomicU64::new(start) }) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change below is complete before the lock is released, also on a panic.
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes the newest session of `device`; an older one is told [`Closing::Replaced`].
+    ///
+    /// `last_session_id` is what the device named in its ReconnectRequest. `hears` are the devices it hears events of.
+    pub fn claim(
+        &self,
+        device: &DeviceId,
+        product: &Product,
+        last_session_id: Option<&str>,
+        hears: Vec<String>,
+    ) -> Session {
+        let epoch = self.inner.epoch.fetch_add(1, Ordering::Relaxed) + 1;
+        let id = uuid::Uuid::new_v4().simple().to_string();
+        let (desired_tx, desired) = watch::channel(None);
+        let (control_tx, control) = mpsc::channel(limits::CONTROL_QUEUE);
+        let (ack_sink, acks) = watch::channel(None);
+        let (closing_tx, closing) = watch::channel(None);
+        let mut state = self.state();
+        if state.draining {
+            closing_tx.send_replace(Some(Closing::Draining));
+        }
+        let entry = Entry {
+            session_id: id.clone(),
+            epoch,
+            product: product.clone(),
+            hears,
+            desired: desired_tx,
+            control: control_tx,
+            closing: closing_tx,
+            seen_flushed: None,
+        };
+        let left = state.left.remove(device);
+        let old = state.insert(device, entry);
+        let known = old.as_ref().map(|old| old.session_id.clone()).or(left);
+        if let Some(old) = &old {
+            old.closing.send_replace(Some(Closing::Replaced));
+        }
+        if old.is_none() {
+            state.announce(device, product, EventType::Online, "");
+        }
+        let resumed = last_session_id.is_some() && last_session_id == known.as_deref();
+        metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);
+        Session {
+            id,
+            epoch,
+            resumed,
+            desired,
+            control,
+            acks,
+            ack_sink: Arc::new(ack_sink),
+            closing,
+            device: device.clone(),
+            sessions: self.clone(),
+        }
+    }
+
     /// Hands the newest desired state to the device's stream; an older one not yet sent is dropped. Not connected: nothing.
-    pub fn offer(&self, _device: &DeviceId, _desired: Arc<Desired>) {}
+    pub fn offer(&self, device: &DeviceId, desired: Arc<Desired>) {
+        if let Some(entry) = self.state().live.get(device) {
+            entry.desired.send_if_modified(|slot| {
+                // A slow reader of the database must not put an older state over a newer one.
+                let newer = slot.as_ref().is_none_or(|held| held.generation <= desired.generation);
+                if newer {
+                    *slot = Some(desired);
+                }
+                newer
+            });
+        }
+    }
+
+    /// Puts a message into the device's queue. `epoch` 0 means whichever session is live.
+    pub fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
+        let state = self.state();
+        let Some(entry) = state.live.get(device) else { return PushOutcome::NotHere };
+        if epoch != 0 && epoch != entry.epoch {
+            return PushOutcome::StaleEpoch;
+        }
+        match entry.control.try_send(message) {
+            Ok(()) => PushOutcome::Delivered,
+            Err(mpsc::error::TrySendError::Full(_)) => PushOutcome::Busy,
+            Err(mpsc::error::TrySendError::Closed(_)) => PushOutcome::NotHere,
+        }
+    }
+
+    /// Ends the device's stream, if it has one.
+    pub fn close(&self, device: &DeviceId, why: Closing) {
+        if let Some(entry) = self.state().live.get(device) {
+            entry.closing.send_replace(Some(why));
+        }
+    }
+
+    /// Tells every stream to go elsewhere: `per_second` of them a second, so that their return does not come as one wave.
+    /// Returns when all were told.
+    pub async fn drain(&self, per_second: usize) {
+        let all: Vec<watch::Sender<Option<Closing>>> = {
+            let mut state = self.state();
+            state.draining = true;
+            state.live.values().map(|entry| entry.closing.clone()).collect()
+        };
+        let mut tick = tokio::time::interval(std::time::Duration::from_millis(100));
+        for some in all.chunks((per_second / 10).max(1)) {
+            tick.tick().await;
+            for closing in some {
+                closing.send_replace(Some(Closing::Draining));
+            }
+        }
+    }
+
+    /// Replaces the list of devices that `device` hears events of.
+    pub fn set_hears(&self, device: &DeviceId, hears: Vec<String>) {
+        let mut state = self.state();
+        if let Some(mut entry) = state.remove(device) {
+            entry.hears = hears;
+            state.insert(device, entry);
+        }
+    }
+
+    /// Tells those who may hear it that `device` runs `version` now.
+    pub fn announce_update(&self, device: &DeviceId, product: &Product, version: &str) {
+        self.state().announce(device, product, EventType::Update, version);
+    }
 
     /// True while the device has a live stream on this node.
-    pub fn is_online(&self, _device: &DeviceId) -> bool {
-        false
+    pub fn is_online(&self, device: &DeviceId) -> bool {
+        self.state().live.contains_key(device)
     }
 
     /// Live streams on this node.
     pub fn online_count(&self) -> u64 {
-        0
+        self.state().live.len() as u64
+    }
+
+    /// Ids of the live streams on this node.
+    pub fn online(&self) -> HashSet<DeviceId> {
+        self.state().live.keys().cloned().collect()
+    }
+
+    /// Live devices whose `last_seen` is older than `every` in the database; they count as flushed from now on.
+    pub fn take_unflushed(&self, now: Timestamp, every: std::time::Duration) -> Vec<(DeviceId, Timestamp)> {
+        let mut state = self.state();
+        let due = |entry: &Entry| {
+            entry.seen_flushed.is_none_or(|at| at.saturating_add(every) <= now)
+        };
+        let mut seen = Vec::new();
+        for (device, entry) in state.live.iter_mut().filter(|(_, entry)| due(entry)) {
+            entry.seen_flushed = Some(now);
+            seen.push((device.clone(), now));
+        }
+        seen
+    }
+
+    fn release(&self, device: &DeviceId, epoch: u64) {
+        let mut state = self.state();
+        if state.live.get(device).is_none_or(|entry| entry.epoch != epoch) {
+            return;
+        }
+        if let Some(entry) = state.remove(device) {
+            if state.left.len() >= 2 * limits::CONNECTIONS {
+                // Forgetting costs these devices one full comparison when they return, nothing else.
+                state.left.clear();
+            }
+            state.announce(device, &entry.product, EventType::Offline, "");
+            state.left.insert(device.clone(), entry.session_id);
+        }
+        metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);
+    }
+}
+
+impl State {
+    fn insert(&mut self, device: &DeviceId, entry: Entry) -> Option<Entry> {
+        let old = self.remove(device);
+        for heard in &entry.hears {
+            if heard == "*" {
+                self.hears_product.entry(entry.product.clone()).or_default().insert(device.clone());
+            } else if let Ok(heard) = heard.parse::<DeviceId>() {
+                self.hears_device.entry(heard).or_default().insert(device.clone());
+            }
+        }
+        self.live.insert(device.clone(), entry);
+        old
+    }
+
+    fn remove(&mut self, device: &DeviceId) -> Option<Entry> {
+        let entry = self.live.remove(device)?;
+        for heard in &entry.hears {
+            if heard == "*" {
+                remove_listener(&mut self.hears_product, &entry.product, device);
+            } else if let Ok(heard) = heard.parse::<DeviceId>() {
+                remove_listener(&mut self.hears_device, &heard, device);
+            }
+        }
+        Some(entry)
+    }
+
+    /// Events are best effort: a listener whose queue is full misses one.
+    fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
+        let of_device = self.hears_device.get(device);
+        let of_product = self.hears_product.get(product);
+        for listener in of_device.into_iter().chain(of_product).flatten().filter(|id| *id != device) {
+            let Some(entry) = self.live.get(listener) else { continue };
+            let message = ServerMessage {
+                kind: Some(ToDevice::Event(NotifyEvent {
+                    r#type: event.into(),
+                    details: details.to_owned(),
+                    client_id: device.to_string(),
+                })),
+            };
+            if entry.control.try_send(message).is_err() {
+                tracing::debug!(device.id = %listener, "A presence event found a full queue.");
+            }
+        }
+    }
+}
+
+fn remove_listener<K: std::hash::Hash + Eq>(
+    index: &mut HashMap<K, HashSet<DeviceId>>,
+    heard: &K,
+    listener: &DeviceId,
+) {
+    if let Some(listeners) = index.get_mut(heard) {
+        listeners.remove(listener);
+        if listeners.is_empty() {
+            index.remove(heard);
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.sessions.release(&self.device, self.epoch);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(name: &str) -> DeviceId {
+        name.parse().unwrap()
+    }
+
+    fn claim(sessions: &Sessions, name: &str, last: Option<&str>, hears: &[&str]) -> Session {
+        let hears = hears.iter().map(ToString::to_string).collect();
+        sessions.claim(&id(name), &"gateway".parse().unwrap(), last, hears)
+    }
+
+    fn sessions() -> Sessions {
+        Sessions::new(Timestamp::from_ms(1_000))
+    }
+
+    fn text() -> ServerMessage {
+        ServerMessage { kind: None }
+    }
+
+    #[test]
+    fn the_newest_stream_wins_and_the_end_of_the_older_changes_nothing() {
+        let sessions = sessions();
+        let old = claim(&sessions, "a", None, &[]);
+        let new = claim(&sessions, "a", None, &[]);
+        assert_eq!(*old.closing.borrow(), Some(Closing::Replaced));
+        assert!(new.epoch > old.epoch);
+        drop(old);
+        assert!(sessions.is_online(&id("a")));
+        assert_eq!(sessions.push(&id("a"), text(), new.epoch), PushOutcome::Delivered);
+        drop(new);
+        assert!(!sessions.is_online(&id("a")));
+    }
+
+    #[test]
+    fn a_device_that_names_its_last_session_is_resumed_and_one_that_guesses_is_not() {
+        let sessions = sessions();
+        let first = claim(&sessions, "a", None, &[]).id.clone();
+        assert!(!claim(&sessions, "a", Some("guess"), &[]).resumed);
+        let second = claim(&sessions, "a", Some(&first), &[]);
+        assert!(!second.resumed, "only the newest session can be resumed");
+        let id = second.id.clone();
+        drop(second);
+        assert!(claim(&sessions, "a", Some(&id), &[]).resumed);
+    }
+
+    #[test]
+    fn a_reader_that_never_reads_is_busy_and_its_queue_stays_bounded() {
+        let sessions = sessions();
+        let session = claim(&sessions, "a", None, &[]);
+        for _ in 0..limits::CONTROL_QUEUE {
+            assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Delivered);
+        }
+        assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Busy);
+        assert_eq!(sessions.push(&id("a"), text(), session.epoch + 1), PushOutcome::StaleEpoch);
+        assert_eq!(sessions.push(&id("b"), text(), 0), PushOutcome::NotHere);
+    }
+
+    #[test]
+    fn presence_is_heard_only_by_those_an_operator_allowed() {
+        let sessions = sessions();
+        let mut all = claim(&sessions, "all", None, &["*"]);
+        let mut one = claim(&sessions, "one", None, &["x"]);
+        let mut none = claim(&sessions, "none", None, &[]);
+        while all.control.try_recv().is_ok() {}
+        drop(claim(&sessions, "x", None, &[]));
+        drop(claim(&sessions, "y", None, &[]));
+        let heard = |session: &mut Session| {
+            std::iter::from_fn(|| session.control.try_recv().ok()).count()
+        };
+        assert_eq!((heard(&mut all), heard(&mut one), heard(&mut none)), (4, 2, 0));
+        sessions.set_hears(&id("one"), vec![]);
+        drop(claim(&sessions, "x", None, &[]));
+        assert_eq!(heard(&mut one), 0);
     }
 }

@@ -1,0 +1,118 @@
+//! Which devices may be connected at all, and the connections of each, so that blocking one takes effect at once.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use fwpush_keys::{id::DeviceId, tls::Peer};
+use tokio_util::sync::CancellationToken;
+
+use crate::db::{Db, DbError};
+
+/// Why a device with a valid certificate is not served; it and the log get these words.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    #[error("device {0} is not known here; add it with `fwpush device add`")]
+    Unknown(DeviceId),
+    #[error("device {0} is blocked")]
+    Blocked(DeviceId),
+    #[error("device {0} has a newer certificate than this one")]
+    OldCertificate(DeviceId),
+    #[error("the device database does not answer")]
+    Database(#[source] DbError),
+}
+
+/// Clones share everything.
+#[derive(Clone, Debug)]
+pub struct Access {
+    db: Db,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Devices refused at their handshake already; the database is the truth, this only spares the questions.
+    blocked: HashSet<DeviceId>,
+    live: HashMap<DeviceId, HashMap<u64, CancellationToken>>,
+    next: u64,
+}
+
+impl Access {
+    pub fn new(db: Db, blocked: impl IntoIterator<Item = DeviceId>) -> Self {
+        let state = State { blocked: blocked.into_iter().collect(), ..State::default() };
+        Self { db, state: Arc::new(Mutex::new(state)) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Registers a connection of `device` until the guard goes.
+    pub fn enter(&self, device: &DeviceId, hang_up: CancellationToken) -> Entered {
+        let mut state = self.state();
+        state.next += 1;
+        let number = state.next;
+        state.live.entry(device.clone()).or_default().insert(number, hang_up);
+        Entered { access: self.clone(), device: device.clone(), number }
+    }
+
+    /// True for a device that is known to be blocked, without asking the database.
+    pub fn is_blocked(&self, device: &DeviceId) -> bool {
+        self.state().blocked.contains(device)
+    }
+
+    /// A device must have a record, not be blocked, and hold the newest certificate given to it.
+    pub async fn check_device(&self, device: &DeviceId, peer: &Peer) -> Result<(), Refused> {
+        if self.is_blocked(device) {
+            return Err(Refused::Blocked(device.clone()));
+        }
+        let record = self.db.device(device).await.map_err(Refused::Database)?;
+        let record = record.ok_or_else(|| Refused::Unknown(device.clone()))?;
+        if record.blocked {
+            return Err(Refused::Blocked(device.clone()));
+        }
+        let fingerprint = hex::encode(peer.fingerprint);
+        if record.cert_fingerprint.is_some_and(|newest| newest != fingerprint) {
+            return Err(Refused::OldCertificate(device.clone()));
+        }
+        Ok(())
+    }
+
+    /// Refuses the device from now on and ends its connections. The database was told before.
+    pub fn block(&self, device: &DeviceId) {
+        self.state().blocked.insert(device.clone());
+        self.hang_up(device);
+    }
+
+    pub fn unblock(&self, device: &DeviceId) {
+        self.state().blocked.remove(device);
+    }
+
+    /// Ends every connection of the device, streams and downloads with it.
+    pub fn hang_up(&self, device: &DeviceId) {
+        if let Some(connections) = self.state().live.get(device) {
+            connections.values().for_each(CancellationToken::cancel);
+        }
+    }
+}
+
+/// A registered connection.
+#[derive(Debug)]
+pub struct Entered {
+    access: Access,
+    device: DeviceId,
+    number: u64,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut state = self.access.state();
+        if let Some(connections) = state.live.get_mut(&self.device) {
+            connections.remove(&self.number);
+            if connections.is_empty() {
+                state.live.remove(&self.device);
+            }
+        }
+    }
+}

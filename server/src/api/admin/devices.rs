@@ -1,0 +1,162 @@
+//! Devices: records, certificates, blocks, texts.
+
+use fwpush_keys::id::{DeviceId, OperatorId, Product};
+use fwpush_proto::v1::{self, ServerMessage, TextMessage, server_message::Kind as ToDevice};
+use tonic::{Code, Status};
+
+use super::{Admin, id, optional_id, page, views};
+use crate::{
+    api::status as map,
+    db::DeviceFilter,
+    devices::{DeviceError, Request},
+    limits, rollouts,
+};
+
+/// How much of a device's history `GetDevice` shows.
+const UPDATES: u32 = 20;
+const EVENTS: u32 = 50;
+
+fn refused(error: DeviceError) -> Status {
+    let code = match error {
+        DeviceError::Db(error) => return map::db(error),
+        DeviceError::NotFound(_) => Code::NotFound,
+        DeviceError::Conflict(_) => Code::AlreadyExists,
+        DeviceError::UnknownProduct(_) => Code::FailedPrecondition,
+        DeviceError::Unreadable(_) | DeviceError::Nameless(_) => Code::Internal,
+        DeviceError::Days | DeviceError::Hears | DeviceError::Certificate(_) => Code::InvalidArgument,
+    };
+    Status::new(code, error.to_string())
+}
+
+pub async fn add(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::AddDeviceRequest,
+) -> Result<v1::AddDeviceResponse, Status> {
+    let product: Product = id("product", &request.product)?;
+    if !admin.trust.root().products.contains_key(&product) {
+        return Err(refused(DeviceError::UnknownProduct(product)));
+    }
+    let channel = if request.channel.is_empty() { "stable" } else { &request.channel };
+    let asked = Request {
+        device: id("client_id", &request.client_id)?,
+        product,
+        hw_id: id("hw_id", &request.hw_id)?,
+        hw_rev: request.hw_rev,
+        channel: id("channel", channel)?,
+        csr: Some(request.csr_pem).filter(|csr| !csr.is_empty()),
+        days: request.days,
+    };
+    let (record, certificate) = admin.devices.add(asked, operator.as_str()).await.map_err(refused)?;
+    let about = &admin.about;
+    Ok(v1::AddDeviceResponse {
+        device: Some(views::device(&record, &admin.sessions)),
+        certificate_pem: certificate.unwrap_or_default(),
+        node_ca_pem: about.node_ca_pem.clone(),
+        trust_domain: about.trust_domain.to_string(),
+        server_addresses: about.device_addresses.clone(),
+        root: admin.trust.roots().into_iter().next().unwrap_or_default(),
+    })
+}
+
+pub async fn list(
+    admin: &Admin,
+    _: &OperatorId,
+    request: v1::ListDevicesRequest,
+) -> Result<v1::ListDevicesResponse, Status> {
+    let product: Option<Product> = optional_id("product", &request.product)?;
+    let limit = page(request.limit);
+    let total = admin.db.count_devices(product.as_ref()).await.map_err(map::db)?;
+    let mut after: Option<DeviceId> = optional_id("after", &request.after)?;
+    let mut devices = Vec::new();
+    // With `online_only`, pages of the database are gone through until one page of answers is full.
+    loop {
+        let filter = DeviceFilter { product: product.clone(), after: after.clone(), limit };
+        let records = admin.db.list_devices(&filter).await.map_err(map::db)?;
+        let whole_page = records.len() == limit as usize;
+        after = records.last().map(|record| record.client_id.clone());
+        let wanted = records
+            .iter()
+            .filter(|record| !request.online_only || admin.sessions.is_online(&record.client_id))
+            .map(|record| views::device(record, &admin.sessions));
+        devices.extend(wanted.take(limit as usize - devices.len()));
+        if !whole_page || devices.len() == limit as usize {
+            return Ok(v1::ListDevicesResponse { devices, total });
+        }
+    }
+}
+
+pub async fn get(
+    admin: &Admin,
+    _: &OperatorId,
+    request: v1::GetDeviceRequest,
+) -> Result<v1::DeviceDetail, Status> {
+    let device: DeviceId = id("client_id", &request.client_id)?;
+    let record = admin.devices.get(&device).await.map_err(refused)?;
+    let updates = rollouts::updates_of(&admin.db, &device, UPDATES).await.map_err(super::rollouts::refused)?;
+    let events = admin.db.events_of(&device, EVENTS).await.map_err(map::db)?;
+    Ok(v1::DeviceDetail {
+        device: Some(views::device(&record, &admin.sessions)),
+        updates: updates.iter().map(views::rollout_device).collect(),
+        events: events.into_iter().map(views::event).collect(),
+    })
+}
+
+pub async fn block(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::BlockDeviceRequest,
+) -> Result<v1::Device, Status> {
+    let device = id("client_id", &request.client_id)?;
+    let reason = crate::wire::cut(&request.reason);
+    let blocked = admin.devices.block(&device, &reason, operator.as_str()).await;
+    Ok(views::device(&blocked.map_err(refused)?, &admin.sessions))
+}
+
+pub async fn unblock(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::UnblockDeviceRequest,
+) -> Result<v1::Device, Status> {
+    let device = id("client_id", &request.client_id)?;
+    let unblocked = admin.devices.unblock(&device, operator.as_str()).await;
+    Ok(views::device(&unblocked.map_err(refused)?, &admin.sessions))
+}
+
+pub async fn remove(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::RemoveDeviceRequest,
+) -> Result<v1::RemoveDeviceResponse, Status> {
+    let device = id("client_id", &request.client_id)?;
+    admin.devices.remove(&device, operator.as_str()).await.map_err(refused)?;
+    Ok(v1::RemoveDeviceResponse {})
+}
+
+pub async fn set_events(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::SetDeviceEventsRequest,
+) -> Result<v1::Device, Status> {
+    let device = id("client_id", &request.client_id)?;
+    let changed = admin.devices.set_hears(&device, request.hears, operator.as_str()).await;
+    Ok(views::device(&changed.map_err(refused)?, &admin.sessions))
+}
+
+pub async fn send_text(
+    admin: &Admin,
+    operator: &OperatorId,
+    request: v1::SendTextRequest,
+) -> Result<v1::PushResult, Status> {
+    let device: DeviceId = id("client_id", &request.client_id)?;
+    if request.text.is_empty() || request.text.len() > limits::MESSAGE_TEXT_BYTES {
+        let most = limits::MESSAGE_TEXT_BYTES;
+        return Err(Status::invalid_argument(format!("a text has 1 to {most} bytes")));
+    }
+    admin.devices.get(&device).await.map_err(refused)?;
+    let message = ServerMessage { kind: Some(ToDevice::Text(TextMessage { text: request.text })) };
+    let outcome = admin.sessions.push(&device, message, 0);
+    tracing::info!(device.id = %device, operator.id = %operator, ?outcome, "An operator sent a text.");
+    let outcome = outcome.as_str_name().trim_start_matches("PUSH_OUTCOME_").to_owned();
+    Ok(v1::PushResult { outcome, node_id: admin.about.node_id.to_string() })
+}

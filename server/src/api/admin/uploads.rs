@@ -1,0 +1,86 @@
+//! Images coming in, resumable.
+
+use fwpush_keys::id::{FileId, OperatorId};
+use fwpush_proto::v1;
+use tonic::{Status, Streaming};
+
+use super::{Admin, id};
+use crate::{api::status as map, files::StoreError, limits, metrics as m};
+
+/// Runs work on the disk off the async threads.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| Status::internal("the file store failed"))?.map_err(map::store)
+}
+
+pub async fn status(
+    admin: &Admin,
+    _: &OperatorId,
+    request: v1::GetUploadRequest,
+) -> Result<v1::UploadStatus, Status> {
+    let file: FileId = id("file_id", &request.file_id)?;
+    if !(1..=limits::FILE_BYTES).contains(&request.size) {
+        return Err(map::store(StoreError::Size));
+    }
+    let (store, size) = (admin.store.clone(), request.size);
+    let (complete, received) = on_disk(move || {
+        if let Some(stored) = store.get(&file)? {
+            return Ok((true, stored.content.len() as u64));
+        }
+        let received = store.received(&file)?;
+        if received > size {
+            // A remnant of an upload that announced another size; only a whole one could be told right from wrong.
+            store.discard(&file)?;
+            return Ok((false, 0));
+        }
+        Ok((false, received))
+    })
+    .await?;
+    if complete {
+        // A crash between the file's rename and the database's commit is made good here.
+        admin.db.add_file(&file, received).await.map_err(map::db)?;
+    }
+    Ok(v1::UploadStatus { file_id: request.file_id, received, complete })
+}
+
+pub async fn receive(
+    admin: &Admin,
+    operator: &OperatorId,
+    mut chunks: Streaming<v1::UploadChunk>,
+) -> Result<v1::UploadStatus, Status> {
+    let place = admin.uploads.clone().try_acquire_owned();
+    let _place = place.map_err(|_| Status::resource_exhausted("too many uploads now; try again later"))?;
+    let first = chunks.message().await?.ok_or_else(|| Status::invalid_argument("no chunk came"))?;
+    let file: FileId = id("file_id", &first.file_id)?;
+    let (size, offset, store) = (first.size, first.offset, admin.store.clone());
+    let mut upload = on_disk(move || store.upload(file, size, offset)).await?;
+    let mut next = Some(first);
+    while let Some(chunk) = next {
+        if chunk.content.len() > limits::UPLOAD_CHUNK_BYTES {
+            let most = limits::UPLOAD_CHUNK_BYTES;
+            return Err(Status::invalid_argument(format!("a chunk has at most {most} bytes")));
+        }
+        if chunk.offset != upload.received() {
+            let (offset, received) = (chunk.offset, upload.received());
+            return Err(map::store(StoreError::WrongOffset { received, offset }));
+        }
+        metrics::counter!(m::UPLOAD_BYTES).increment(chunk.content.len() as u64);
+        upload = on_disk(move || {
+            upload.append(&chunk.content)?;
+            Ok(upload)
+        })
+        .await?;
+        next = tokio::select! {
+            () = admin.stop.cancelled() => {
+                return Err(Status::unavailable("the server is stopping; go on with the upload later"));
+            }
+            message = chunks.message() => message?,
+        };
+    }
+    on_disk(move || upload.finish()).await?;
+    admin.db.add_file(&file, size).await.map_err(map::db)?;
+    tracing::info!(operator.id = %operator, file = %file, bytes = size, "An image was uploaded.");
+    Ok(v1::UploadStatus { file_id: file.to_string(), received: size, complete: true })
+}

@@ -1,0 +1,215 @@
+//! `FileService.DownloadFile`: a plain gRPC server-streaming call, served by a body of our own (`files::frames`).
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+};
+
+use axum::{Router, body::Body, response::Response, routing::post};
+use bytes::Buf as _;
+use fwpush_keys::id::{DeviceId, FileId};
+use fwpush_proto::v1::{FileRequest, Part};
+use http_body_util::{BodyExt as _, Limited};
+use prost::Message as _;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status};
+
+use crate::{
+    access::Access,
+    api::{authorize, status},
+    db::Db,
+    files::{DownloadBody, FileStore, Range, StoredFile},
+    limits,
+    listen::Caller,
+    metrics as m,
+};
+
+/// A FileRequest has under 120 bytes; the rest is room for fields to come.
+const REQUEST_BYTES: usize = 4 * 1024;
+
+/// Serves downloads to devices; clones share the bounds.
+#[derive(Clone, Debug)]
+pub struct Downloads {
+    db: Db,
+    store: FileStore,
+    access: Access,
+    most: usize,
+    active: Arc<AtomicUsize>,
+    by_device: Arc<Mutex<HashMap<DeviceId, usize>>>,
+}
+
+impl Downloads {
+    /// At most `most` downloads at once.
+    pub fn new(db: Db, store: FileStore, access: Access, most: usize) -> Self {
+        Self { db, store, access, most, active: Arc::default(), by_device: Arc::default() }
+    }
+
+    /// The route that gRPC clients call.
+    pub fn router(self) -> Router {
+        Router::new().route(
+            "/fwpush.v1.FileService/DownloadFile",
+            post(move |request| {
+                let downloads = self.clone();
+                async move { downloads.answer(request).await }
+            }),
+        )
+    }
+
+    async fn answer(&self, request: http::Request<Body>) -> Response {
+        match self.download(request).await {
+            Ok(response) => response,
+            Err(status) => {
+                metrics::counter!(m::DOWNLOADS_REFUSED, "reason" => format!("{:?}", status.code())).increment(1);
+                status.into_http()
+            }
+        }
+    }
+
+    async fn download(&self, request: http::Request<Body>) -> Result<Response, Status> {
+        let (parts, body) = request.into_parts();
+        let (device, caller) = authorize::device(parts.extensions.get::<Caller>())?;
+        self.access.check_device(&device, &caller.peer).await.map_err(status::access)?;
+        let wanted = decode(body).await?;
+        let id: FileId = wanted
+            .file_id
+            .parse()
+            .map_err(|_| Status::invalid_argument("file_id is not 64 lower-case hex digits"))?;
+        self.check_wanted_by(&device, &id).await?;
+        let slot = self.slot(&device)?;
+        let file = self.open(id).await?;
+        let bytes = match wanted.part() {
+            Part::Content => file.content.clone(),
+            Part::Outline => file.outline.clone(),
+        };
+        let range = Range::of(bytes.len(), wanted.offset, wanted.length, wanted.max_chunk_bytes).ok_or_else(|| {
+            Status::out_of_range(format!("offset {} is past the end, {}", wanted.offset, bytes.len()))
+        })?;
+        tracing::debug!(device.id = %device, file = %id, offset = wanted.offset, "A download began.");
+        let progress = Arc::new(AtomicU64::new(0));
+        let ended = CancellationToken::new();
+        tokio::spawn(watch(progress.clone(), ended.clone(), caller.hang_up.clone(), device));
+        let body = DownloadBody::new(bytes, range, progress, slot, ended.drop_guard());
+        Response::builder()
+            .header("content-type", "application/grpc")
+            .body(Body::new(body))
+            .map_err(|_| Status::internal("no response"))
+    }
+
+    /// Only files of a release for the device's own recorded product; only while one of those is not revoked.
+    async fn check_wanted_by(&self, device: &DeviceId, id: &FileId) -> Result<(), Status> {
+        let record = self.db.device(device).await.map_err(status::db)?;
+        let record = record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+        let products = self.db.products_of_file(id).await.map_err(status::db)?;
+        if products.is_empty() {
+            return Err(Status::not_found("no release names this file"));
+        }
+        let mut own = products.iter().filter(|(product, _)| *product == record.product).peekable();
+        if own.peek().is_none() {
+            return Err(Status::permission_denied("no release for this device's product names this file"));
+        }
+        if own.all(|(_, revoked)| *revoked) {
+            return Err(Status::failed_precondition("every release with this file is revoked"));
+        }
+        Ok(())
+    }
+
+    async fn open(&self, id: FileId) -> Result<Arc<StoredFile>, Status> {
+        let store = self.store.clone();
+        let file = tokio::task::spawn_blocking(move || store.get(&id))
+            .await
+            .map_err(|_| Status::internal("the file store failed"))?;
+        match file {
+            Ok(Some(file)) => Ok(file),
+            Ok(None) => {
+                tracing::error!(file = %id, "A published file is not in the store.");
+                Err(Status::unavailable("the file is not at hand now; try again later"))
+            }
+            Err(error) => Err(status::store(error)),
+        }
+    }
+
+    /// A place among the downloads, given back when it is dropped.
+    fn slot(&self, device: &DeviceId) -> Result<Slot, Status> {
+        let mut by_device = self.by_device.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = by_device.get(device).copied().unwrap_or(0);
+        if own >= limits::DOWNLOADS_PER_DEVICE {
+            return Err(try_later("this device has too many downloads under way"));
+        }
+        if self.active.load(Ordering::Relaxed) >= self.most {
+            return Err(try_later("too many downloads now"));
+        }
+        self.active.fetch_add(1, Ordering::Relaxed);
+        by_device.insert(device.clone(), own + 1);
+        metrics::gauge!(m::DOWNLOADS).increment(1.0);
+        Ok(Slot { downloads: self.clone(), device: device.clone() })
+    }
+}
+
+fn try_later(why: &str) -> Status {
+    let mut status = Status::new(Code::ResourceExhausted, why);
+    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
+    status.metadata_mut().insert("retry-after-ms", retry.into());
+    status
+}
+
+/// Reads the one message of the request.
+async fn decode(body: Body) -> Result<FileRequest, Status> {
+    let body = Limited::new(body, REQUEST_BYTES)
+        .collect()
+        .await
+        .map_err(|_| Status::invalid_argument(format!("a FileRequest of at most {REQUEST_BYTES} bytes is wanted")))?;
+    let mut bytes = body.to_bytes();
+    if bytes.len() < 5 || bytes[0] != 0 {
+        return Err(Status::unimplemented("one uncompressed message is wanted"));
+    }
+    bytes.advance(1);
+    if bytes.get_u32() as usize != bytes.len() {
+        return Err(Status::invalid_argument("exactly one message is wanted"));
+    }
+    FileRequest::decode(bytes).map_err(|_| Status::invalid_argument("the FileRequest cannot be decoded"))
+}
+
+/// Ends the connection of a download in which the peer takes nothing for [`limits::DOWNLOAD_STALL`].
+///
+/// Nothing else would: HTTP/2 does not ask the body for more while the peer gives no window.
+async fn watch(progress: Arc<AtomicU64>, ended: CancellationToken, hang_up: CancellationToken, device: DeviceId) {
+    let mut counted = 0;
+    loop {
+        tokio::select! {
+            () = ended.cancelled() => break,
+            () = tokio::time::sleep(limits::DOWNLOAD_STALL) => {}
+        }
+        let now = progress.load(Ordering::Relaxed);
+        metrics::counter!(m::DOWNLOAD_BYTES).increment(now - counted);
+        if now == counted {
+            tracing::info!(device.id = %device, "A stalled download was ended.");
+            hang_up.cancel();
+            return;
+        }
+        counted = now;
+    }
+    metrics::counter!(m::DOWNLOAD_BYTES).increment(progress.load(Ordering::Relaxed) - counted);
+}
+
+#[derive(Debug)]
+struct Slot {
+    downloads: Downloads,
+    device: DeviceId,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.downloads.active.fetch_sub(1, Ordering::Relaxed);
+        metrics::gauge!(m::DOWNLOADS).decrement(1.0);
+        let mut by_device = self.downloads.by_device.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(own) = by_device.get_mut(&self.device) {
+            *own -= 1;
+            if *own == 0 {
+                by_device.remove(&self.device);
+            }
+        }
+    }
+}

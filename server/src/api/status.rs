@@ -1,0 +1,35 @@
+//! Errors to peers: what they can act on, and no internals. The rest goes to the log.
+
+use tonic::{Code, Status};
+
+use crate::{access, files::StoreError};
+
+/// Of the database.
+pub use crate::wire::db;
+
+/// Of a device that may not be served.
+pub fn access(refused: access::Refused) -> Status {
+    match refused {
+        access::Refused::Database(error) => db(error),
+        refused => {
+            tracing::info!(reason = %refused, "A device was refused.");
+            Status::permission_denied(refused.to_string())
+        }
+    }
+}
+
+/// Of the file store.
+pub fn store(error: StoreError) -> Status {
+    let words = error.to_string();
+    let code = match error {
+        StoreError::Io { .. } | StoreError::Open(_) => {
+            tracing::error!(error = &error as &dyn std::error::Error, "The file store failed.");
+            return Status::unavailable("the file store failed; the server's log says why");
+        }
+        StoreError::UploadBusy => Code::Aborted,
+        StoreError::WrongOffset { .. } => Code::FailedPrecondition,
+        StoreError::TooLong { .. } | StoreError::TooShort { .. } | StoreError::Size => Code::InvalidArgument,
+        StoreError::WrongHash { .. } => Code::DataLoss,
+    };
+    Status::new(code, words)
+}

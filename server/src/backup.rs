@@ -1,0 +1,89 @@
+//! A consistent copy of everything the server holds but its keys, as a tar archive.
+//!
+//! ```text
+//! fwpush.db                 the database, copied in one read transaction (VACUUM INTO)
+//! files/ab/abcd...          every image and its outline
+//! trust/1.root.json         the first root
+//! ```
+//! Private keys are not in it: back up `server/pki` once, apart, when they are made.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::{
+    db::{Db, DbError},
+    files::FileStore,
+};
+
+/// Bytes of one piece of the archive.
+const PIECE_BYTES: usize = 256 * 1024;
+
+/// Why a backup failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    #[error("copy the database")]
+    Db(#[from] DbError),
+    #[error("read what is backed up")]
+    Io(#[from] io::Error),
+}
+
+/// Makes the archive piece by piece into `out`; a receiver that is gone ends it.
+///
+/// `scratch` is a directory on the database's own file system with room for a copy of it.
+pub async fn run(
+    db: &Db,
+    store: &FileStore,
+    trust_dir: &Path,
+    scratch: &Path,
+    out: mpsc::Sender<Bytes>,
+) -> Result<(), BackupError> {
+    let dir = tempfile::Builder::new().prefix("backup-").tempdir_in(scratch)?;
+    let copy = dir.path().join("fwpush.db");
+    db.vacuum_into(&copy).await?;
+    // Listed after the copy: files are never changed, so all that the copy names are among them.
+    let (store, root) = (store.clone(), trust_dir.join("1.root.json"));
+    let packed = tokio::task::spawn_blocking(move || pack(&copy, &root, &store, out)).await;
+    packed.map_err(io::Error::other)??;
+    Ok(())
+}
+
+fn pack(
+    database: &Path,
+    root: &Path,
+    store: &FileStore,
+    out: mpsc::Sender<Bytes>,
+) -> io::Result<()> {
+    let pieces = io::BufWriter::with_capacity(PIECE_BYTES, Pieces(out));
+    let mut archive = tar::Builder::new(pieces);
+    let mut add = |name: PathBuf, path: &Path| archive.append_file(name, &mut File::open(path)?);
+    add("fwpush.db".into(), database)?;
+    add("trust/1.root.json".into(), root)?;
+    for id in store.list()? {
+        let name = id.to_string();
+        let shard = Path::new("files").join(&name[..2]);
+        add(shard.join(&name), &store.path(&id))?;
+        add(shard.join(format!("{name}.outline")), &store.outline_path(&id))?;
+    }
+    archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?.flush()
+}
+
+/// Hands what is written on to an async receiver.
+struct Pieces(mpsc::Sender<Bytes>);
+
+impl Write for Pieces {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let gone = |_| io::Error::new(io::ErrorKind::BrokenPipe, "the operator left");
+        self.0.blocking_send(Bytes::copy_from_slice(bytes)).map_err(gone)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

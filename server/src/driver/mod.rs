@@ -1,0 +1,140 @@
+//! Doing what `rollout` decided: load, plan, commit, announce.
+//!
+//! Three tasks. The driver looks at the rollouts that have something to do, whenever a row has changed or a deadline has come, and
+//! commits one bounded step after another. The follower reads what devices should do since its cursor and hands it to their
+//! streams. Housekeeping takes old history away. None of them holds anything that a restart would lose.
+
+mod follower;
+mod housekeeping;
+mod step;
+
+use std::time::Duration;
+
+use fwpush_keys::{
+    id::{NodeId, RolloutId},
+    time::Timestamp,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    db::{
+        Db, DbError, LeaseHolder, ReleaseRow,
+        rollouts::{self, RolloutRow},
+    },
+    limits,
+    rollout::{Rollout, Standing},
+    session::Sessions,
+};
+use step::{Step, step};
+
+/// The running tasks.
+#[derive(Debug)]
+pub struct Driver {
+    tasks: TaskTracker,
+}
+
+impl Driver {
+    /// Completes when all tasks have ended, after the stop they were started with.
+    pub async fn stopped(&self) {
+        self.tasks.wait().await;
+    }
+}
+
+/// Starts driving rollouts as `node`; connected devices are told through `sessions`.
+pub fn start(db: Db, sessions: Sessions, node: NodeId, stop: CancellationToken) -> Driver {
+    let tasks = TaskTracker::new();
+    tasks.spawn(drive(db.clone(), LeaseHolder::new(node), stop.clone()));
+    tasks.spawn(follower::follow(db.clone(), sessions, stop.clone()));
+    tasks.spawn(housekeeping::keep_house(db, stop));
+    tasks.close();
+    Driver { tasks }
+}
+
+/// What the planner needs to know of a stored rollout.
+pub(crate) fn planned(row: &RolloutRow, release: &ReleaseRow, now: Timestamp) -> Rollout {
+    let standing = match release {
+        release if release.revoked => Standing::Revoked,
+        release if now >= release.expires_at => Standing::Expired,
+        _ => Standing::Good,
+    };
+    Rollout {
+        state: row.state,
+        enrolling: row.enrol_after.is_some(),
+        offered_at: row.offered_at,
+        standing,
+        settle: limits::SETTLE,
+    }
+}
+
+async fn drive(db: Db, holder: LeaseHolder, stop: CancellationToken) {
+    loop {
+        let sleep = match pass(&db, &holder, &stop).await {
+            Ok(Pass { more: true, .. }) => Duration::ZERO,
+            Ok(Pass { wake_at, .. }) => wake_at.map_or(limits::DRIVER_TICK, |at| at.since(db.now())).min(limits::DRIVER_TICK),
+            Err(DbError::Closed) => return,
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "Rollouts wait: the database cannot be used.");
+                limits::RETRY_MAX
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = db.nudges().driver() => {}
+            () = tokio::time::sleep(sleep) => {}
+        }
+        // Commits come in groups; looking once for several is enough.
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(limits::DRIVER_PAUSE) => {}
+        }
+    }
+}
+
+/// What one look at all rollouts came to.
+#[derive(Debug, Default)]
+struct Pass {
+    /// Some rollout has more to do right away.
+    more: bool,
+    /// The next deadline, as far as none comes first.
+    wake_at: Option<Timestamp>,
+}
+
+/// Takes a bounded number of steps in each rollout that has something to do.
+async fn pass(db: &Db, holder: &LeaseHolder, stop: &CancellationToken) -> Result<Pass, DbError> {
+    let mut pass = Pass::default();
+    let mut after = 0;
+    loop {
+        let page = rollouts::driven(&mut db.reader(), after).await?;
+        let Some((last, _)) = page.last() else { return Ok(pass) };
+        after = *last;
+        for (_, rollout) in &page {
+            if stop.is_cancelled() {
+                return Ok(Pass::default());
+            }
+            drive_one(db, holder, rollout, &mut pass).await?;
+        }
+    }
+}
+
+async fn drive_one(db: &Db, holder: &LeaseHolder, rollout: &RolloutId, pass: &mut Pass) -> Result<(), DbError> {
+    for _ in 0..limits::DRIVER_STEPS {
+        match step(db, holder, rollout).await {
+            Ok(Step::Done) => {}
+            Ok(Step::Idle { wake_at }) => {
+                pass.wake_at = [pass.wake_at, wake_at].into_iter().flatten().min();
+                return Ok(());
+            }
+            // One damaged rollout must not stop the others.
+            Err(error @ (DbError::Value { .. } | DbError::Other { .. })) => {
+                tracing::error!(rollout.id = %rollout, error = &error as &dyn std::error::Error, "A rollout cannot be driven.");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    pass.more = true;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,305 @@
+//! Accept loop: capacity, TLS handshake, identity, HTTP/2, drain.
+//!
+//! A silent peer holds a socket and nothing else: it takes a place among the handshakes only once its first bytes are here.
+//! Places are taken before work is done, first of its address, then of all.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use axum::Router;
+use fwpush_keys::{
+    DeviceId, Role,
+    tls::{self, Peer},
+};
+use hyper::server::conn::http2;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt as _;
+
+use crate::{access::Access, limits, metrics as m};
+
+/// Who is at the other end of a connection; in the extensions of each of its requests.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub peer: Arc<Peer>,
+    pub address: SocketAddr,
+    /// Cancelling it ends the connection with everything on it.
+    pub hang_up: CancellationToken,
+}
+
+/// How a listener stops, in this order: no new connections, GOAWAY on the present ones, end.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    pub accept: CancellationToken,
+    pub goaway: CancellationToken,
+    pub kill: CancellationToken,
+}
+
+/// One listener's bounds and shared parts.
+#[derive(Debug)]
+pub struct Listener {
+    /// "devices" or "operators", for logs and metrics.
+    pub name: &'static str,
+    /// Replaced while running: the next handshake sees the new one.
+    pub tls: Arc<ArcSwap<rustls::ServerConfig>>,
+    pub app: Router,
+    pub access: Access,
+    pub connections: usize,
+    pub handshakes_per_address: usize,
+}
+
+/// Why a connection ended before it served anything.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("the peer sent nothing for {} s", limits::HANDSHAKE_TIME.as_secs())]
+    Silent,
+    #[error("the handshake took more than {} s", limits::HANDSHAKE_TIME.as_secs())]
+    Slow,
+    #[error("too many connections of {0} wait for a handshake")]
+    Crowded(IpAddr),
+    #[error("TLS handshake: {0}")]
+    Tls(String),
+    #[error("identity: {0}")]
+    Identity(#[from] fwpush_keys::IdentityError),
+    #[error("{0}")]
+    Access(#[from] crate::access::Refused),
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+impl Refused {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Silent => "silent",
+            Self::Slow => "slow",
+            Self::Crowded(_) => "crowded",
+            Self::Tls(_) => "tls",
+            Self::Identity(_) => "identity",
+            Self::Access(_) => "access",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// Accepts until `stop.accept`, then lets connections finish until `stop.kill`; returns when the last has ended.
+pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
+    let handshakes = Arc::new(Handshakes::new(listener.handshakes_per_address));
+    let connections = Arc::new(Semaphore::new(listener.connections));
+    let tasks = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.accept.cancelled() => break,
+            accepted = socket.accept() => accepted,
+        };
+        let (tcp, address) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(listener = listener.name, %error, "A connection could not be accepted.");
+                // EMFILE and its like do not go away at once; a tight loop would only burn CPU.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        let Ok(place) = connections.clone().try_acquire_owned() else {
+            metrics::counter!(m::HANDSHAKE_FAILURES, "reason" => "full").increment(1);
+            continue;
+        };
+        let (listener, stop, handshakes) = (listener.clone(), stop.clone(), handshakes.clone());
+        tasks.spawn(async move {
+            let _place = place;
+            if let Err(refused) = connection(tcp, address, &listener, &handshakes, &stop).await {
+                metrics::counter!(m::HANDSHAKE_FAILURES, "reason" => refused.label()).increment(1);
+                tracing::info!(listener = listener.name, peer = %address, reason = %refused, "A connection was refused.");
+            }
+        });
+    }
+    drop(socket);
+    tasks.close();
+    tasks.wait().await;
+}
+
+async fn connection(
+    tcp: TcpStream,
+    address: SocketAddr,
+    listener: &Listener,
+    handshakes: &Arc<Handshakes>,
+    stop: &Stop,
+) -> Result<(), Refused> {
+    let waiting = handshakes.enter(address.ip())?;
+    let io = tokio::select! {
+        () = stop.accept.cancelled() => return Err(Refused::Stopping),
+        io = handshake(tcp, listener, handshakes, waiting) => io?,
+    };
+    metrics::counter!(m::HANDSHAKES, "listener" => listener.name).increment(1);
+    let peer = tls::peer_of(io.get_ref().1.peer_certificates().unwrap_or_default())?;
+    let hang_up = CancellationToken::new();
+    // Registered before it is looked up: a block that comes in between finds the connection.
+    let _entered = match peer.identity.role {
+        Role::Device => {
+            let device: DeviceId =
+                peer.identity.id.parse().map_err(fwpush_keys::IdentityError::from)?;
+            let entered = listener.access.enter(&device, hang_up.clone());
+            listener.access.check_device(&device, &peer).await?;
+            Some(entered)
+        }
+        Role::Node | Role::Operator => None,
+    };
+    let gauge = metrics::gauge!(m::CONNECTIONS, "listener" => listener.name);
+    gauge.increment(1.0);
+    let caller = Caller { peer: Arc::new(peer), address, hang_up };
+    serve_http(io, listener, caller, stop).await;
+    gauge.decrement(1.0);
+    Ok(())
+}
+
+async fn handshake(
+    tcp: TcpStream,
+    listener: &Listener,
+    handshakes: &Arc<Handshakes>,
+    waiting: Waiting,
+) -> Result<TlsStream<TcpStream>, Refused> {
+    let _ = tcp.set_nodelay(true);
+    match timeout(limits::HANDSHAKE_TIME, tcp.peek(&mut [0])).await {
+        Ok(Ok(1..)) => {}
+        Ok(Ok(0)) => return Err(Refused::Tls("the peer closed the connection".to_owned())),
+        Ok(Err(error)) => return Err(Refused::Tls(error.to_string())),
+        Err(_) => return Err(Refused::Silent),
+    }
+    let _places = handshakes.places(&waiting).await.ok_or(Refused::Stopping)?;
+    drop(waiting);
+    let acceptor = TlsAcceptor::from(listener.tls.load_full());
+    match timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp)).await {
+        Ok(Ok(io)) => Ok(io),
+        Ok(Err(error)) => Err(Refused::Tls(tls::explain(&error))),
+        Err(_) => Err(Refused::Slow),
+    }
+}
+
+/// Serves requests until the peer leaves, the caller is hung up on, or the server has drained.
+async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Caller, stop: &Stop) {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
+        .max_header_list_size(limits::HEADER_LIST_BYTES)
+        .max_send_buf_size(limits::SEND_BUFFER_BYTES)
+        // A device's own messages are small; uploads come over the operators' listener.
+        .initial_stream_window_size(if listener.name == "devices" { 128 << 10 } else { 4 << 20 })
+        .initial_connection_window_size(if listener.name == "devices" { 256 << 10 } else { 8 << 20 })
+        .keep_alive_interval(Some(limits::KEEPALIVE_INTERVAL))
+        .keep_alive_timeout(limits::KEEPALIVE_TIMEOUT)
+        // RST and CONTINUATION floods (RUSTSEC-2024-0003, RUSTSEC-2024-0332) end the connection.
+        .max_pending_accept_reset_streams(32)
+        .max_local_error_reset_streams(64);
+    let hang_up = caller.hang_up.clone();
+    let address = caller.address;
+    let app = listener.app.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(caller.clone());
+        request.map(axum::body::Body::new)
+    });
+    let mut served = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
+    let mut draining = false;
+    loop {
+        tokio::select! {
+            ended = served.as_mut() => {
+                if let Err(error) = ended {
+                    tracing::debug!(peer = %address, %error, "A connection broke.");
+                }
+                break;
+            }
+            () = hang_up.cancelled() => break,
+            () = stop.kill.cancelled() => break,
+            () = stop.goaway.cancelled(), if !draining => {
+                draining = true;
+                served.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Places for unfinished handshakes: some of each address, some of all.
+#[derive(Debug)]
+struct Handshakes {
+    all: Arc<Semaphore>,
+    per_address: usize,
+    addresses: Mutex<HashMap<IpAddr, Arc<Address>>>,
+}
+
+#[derive(Debug)]
+struct Address {
+    places: Arc<Semaphore>,
+    /// Connections of this address that have not finished their handshake.
+    waiting: AtomicUsize,
+}
+
+/// One unfinished connection of an address; its entry goes with the last.
+#[derive(Debug)]
+struct Waiting {
+    ip: IpAddr,
+    address: Arc<Address>,
+    handshakes: Arc<Handshakes>,
+}
+
+impl Handshakes {
+    fn new(per_address: usize) -> Self {
+        let all = Arc::new(Semaphore::new(limits::HANDSHAKES));
+        Self { all, per_address, addresses: Mutex::default() }
+    }
+
+    fn enter(self: &Arc<Self>, ip: IpAddr) -> Result<Waiting, Refused> {
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = addresses
+            .entry(ip)
+            .or_insert_with(|| {
+                let places = Arc::new(Semaphore::new(self.per_address));
+                Arc::new(Address { places, waiting: AtomicUsize::new(0) })
+            })
+            .clone();
+        if address.waiting.load(Ordering::Relaxed) >= limits::WAITING_PER_ADDRESS {
+            return Err(Refused::Crowded(ip));
+        }
+        address.waiting.fetch_add(1, Ordering::Relaxed);
+        Ok(Waiting { ip, address, handshakes: self.clone() })
+    }
+
+    async fn places(&self, waiting: &Waiting) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+        let own = waiting.address.places.clone().acquire_owned().await.ok()?;
+        let of_all = self.all.clone().acquire_owned().await.ok()?;
+        Some((own, of_all))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut addresses = self.handshakes.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.address.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+            addresses.remove(&self.ip);
+        }
+    }
+}
+
+/// Binds `address`; the error names it.
+pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| io::Error::new(error.kind(), format!("listen on {address}: {error}")))
+}

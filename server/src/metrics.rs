@@ -1,0 +1,58 @@
+//! Every metric of the server, declared in one place. None is labelled with a device id.
+
+use std::sync::OnceLock;
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+
+pub const DEVICES_ONLINE: &str = "fwpush_devices_online";
+pub const CONNECTIONS: &str = "fwpush_connections";
+pub const HANDSHAKES: &str = "fwpush_handshakes_total";
+pub const HANDSHAKE_FAILURES: &str = "fwpush_handshake_failures_total";
+pub const STREAMS_ENDED: &str = "fwpush_streams_ended_total";
+pub const NOTICES: &str = "fwpush_notices_total";
+pub const DOWNLOADS: &str = "fwpush_downloads_active";
+pub const DOWNLOADS_REFUSED: &str = "fwpush_downloads_refused_total";
+pub const DOWNLOAD_BYTES: &str = "fwpush_download_bytes_total";
+pub const UPLOAD_BYTES: &str = "fwpush_upload_bytes_total";
+pub const REPORTS: &str = "fwpush_reports_total";
+pub const REPORTS_DROPPED: &str = "fwpush_reports_dropped_total";
+pub const REPORT_COMMIT_SECONDS: &str = "fwpush_report_commit_seconds";
+pub const PHASE_CHANGES: &str = "fwpush_phase_changes_total";
+pub const OPERATOR_CALLS: &str = "fwpush_operator_calls_total";
+
+static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
+
+/// Installs the recorder once for the process and gives the handle that renders it; `None` where the process has
+/// another recorder already.
+pub fn install() -> Option<PrometheusHandle> {
+    HANDLE
+        .get_or_init(|| {
+            let handle = PrometheusBuilder::new()
+                .set_buckets(&[0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0])
+                .ok()?
+                .install_recorder()
+                .ok()?;
+            describe();
+            Some(handle)
+        })
+        .clone()
+}
+
+fn describe() {
+    describe_gauge!(DEVICES_ONLINE, "Devices with a live stream on this node.");
+    describe_gauge!(CONNECTIONS, "Open TLS connections, by listener.");
+    describe_counter!(HANDSHAKES, "TLS handshakes completed, by listener.");
+    describe_counter!(HANDSHAKE_FAILURES, "TLS handshakes refused or failed, by reason.");
+    describe_counter!(STREAMS_ENDED, "Device streams that ended, by reason.");
+    describe_counter!(NOTICES, "File notices written to device streams, by action.");
+    describe_gauge!(DOWNLOADS, "Downloads under way.");
+    describe_counter!(DOWNLOADS_REFUSED, "Downloads refused, by reason.");
+    describe_counter!(DOWNLOAD_BYTES, Unit::Bytes, "Image and outline bytes handed to connections.");
+    describe_counter!(UPLOAD_BYTES, Unit::Bytes, "Image bytes received from operators.");
+    describe_counter!(REPORTS, "Device reports committed, by kind.");
+    describe_counter!(REPORTS_DROPPED, "Device reports over their bound, left for the device to send again.");
+    describe_histogram!(REPORT_COMMIT_SECONDS, Unit::Seconds, "Time to commit one group of reports.");
+    describe_counter!(PHASE_CHANGES, "Phase changes of device updates, by phase.");
+    describe_counter!(OPERATOR_CALLS, "Calls of operators, by method and outcome.");
+}

@@ -1,0 +1,352 @@
+//! Starting and stopping the whole server; each is one sequence that can be read here.
+
+use std::{
+    fs::{self, File},
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arc_swap::ArcSwap;
+use axum::Router;
+use fwpush_keys::{
+    Role,
+    pki::{Ca, PkiError},
+    time::Timestamp,
+    tls::{self, Credentials, TlsError},
+};
+use fwpush_proto::v1::{
+    FILE_DESCRIPTOR_SET, admin_service_server::AdminServiceServer, node_service_server::NodeServiceServer,
+    push_service_server::PushServiceServer,
+};
+use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::{
+    access::Access,
+    api::{About, Admin, Downloads, Health, Nodes, Push, serve_http},
+    config::{Config, ConfigError, Tunables},
+    db::{Db, DbError},
+    devices::Devices,
+    driver::{self, Driver},
+    files::{FileStore, StoreError},
+    ingest::Ingest,
+    limits,
+    listen::{self, Listener, Stop},
+    metrics,
+    releases::Releases,
+    session::Sessions,
+    stream::Context,
+    trust::{LoadError, TrustDocs},
+};
+
+/// How often live devices' `last_seen` is looked at, and how often one of them is written at most.
+const SEEN_ROUND: std::time::Duration = std::time::Duration::from_secs(60);
+const SEEN_EVERY: std::time::Duration = std::time::Duration::from_secs(600);
+
+/// Why a server does not start; the words say what to look at.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("read {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("certificates of the server")]
+    Tls(#[from] TlsError),
+    #[error("the device CA")]
+    Pki(#[from] PkiError),
+    #[error("another server runs on {}; stop it first", path.display())]
+    Locked { path: PathBuf },
+    #[error("lock {}", path.display())]
+    Lock { path: PathBuf, source: io::Error },
+    #[error("open the database")]
+    Db(#[from] DbError),
+    #[error("open the file store")]
+    Store(#[from] StoreError),
+    #[error("load the trust documents")]
+    Trust(#[from] LoadError),
+    #[error(transparent)]
+    Listen(io::Error),
+    #[error("prepare gRPC reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Where a running server listens.
+#[derive(Clone, Copy, Debug)]
+pub struct Addresses {
+    pub devices: SocketAddr,
+    pub operators: SocketAddr,
+    pub metrics: Option<SocketAddr>,
+}
+
+/// The server.
+#[derive(Debug)]
+pub struct Server;
+
+/// A running server. Dropped, it goes on until the runtime ends; [`Running::drain_and_stop`] ends it in order.
+#[derive(Debug)]
+pub struct Running {
+    config: Config,
+    addresses: Addresses,
+    tls: TlsSlots,
+    tunables: Arc<ArcSwap<Tunables>>,
+    sessions: Sessions,
+    health: Health,
+    db: Db,
+    ingest: Ingest,
+    driver: Driver,
+    stop: Stop,
+    /// Ends the engine: after the last stream, so that what was reported is committed.
+    engine_stop: CancellationToken,
+    listeners: JoinSet<()>,
+    /// Held while the server runs.
+    _lock: File,
+}
+
+/// The TLS configurations that a reload replaces.
+#[derive(Clone, Debug)]
+struct TlsSlots {
+    devices: Arc<ArcSwap<rustls::ServerConfig>>,
+    operators: Arc<ArcSwap<rustls::ServerConfig>>,
+}
+
+impl Server {
+    /// Opens everything and listens; returns when connections are accepted.
+    pub async fn start(config: Config) -> Result<Running, StartError> {
+        let lock = lock(&config)?;
+        let (devices_tls, operators_tls) = tls_configs(&config)?;
+        let tls = TlsSlots {
+            devices: Arc::new(ArcSwap::from_pointee(devices_tls)),
+            operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
+        };
+        let ca = Ca::load(&read(&config.pki.device_ca)?, &read(&config.pki.device_ca_key)?)?;
+        let db = Db::open(&config.database.url, config.base()).await?;
+        let store = FileStore::open(&config.files_dir()?)?;
+        let trust = TrustDocs::open(&config.trust.dir, db.clone()).await?;
+        for list in trust.revocations() {
+            trust.apply_revocation(&list.product, config.node_id.as_str()).await?;
+        }
+
+        let engine_stop = CancellationToken::new();
+        let sessions = Sessions::new(db.now());
+        let access = Access::new(db.clone(), db.blocked_ids().await?);
+        let ingest = Ingest::start(db.clone(), engine_stop.clone());
+        let driver = driver::start(db.clone(), sessions.clone(), config.node_id.clone(), engine_stop.clone());
+        let tunables = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
+
+        let devices_socket = listen::bind(config.listen.devices).await.map_err(StartError::Listen)?;
+        let operators_socket = listen::bind(config.listen.operators).await.map_err(StartError::Listen)?;
+        let metrics_socket = match config.listen.metrics {
+            Some(address) => Some(listen::bind(address).await.map_err(StartError::Listen)?),
+            None => None,
+        };
+        let local = |socket: &tokio::net::TcpListener| socket.local_addr().map_err(StartError::Listen);
+        let addresses = Addresses {
+            devices: local(&devices_socket)?,
+            operators: local(&operators_socket)?,
+            metrics: metrics_socket.as_ref().map(local).transpose()?,
+        };
+
+        let stop = Stop::default();
+        let context = Context {
+            db: db.clone(),
+            access: access.clone(),
+            sessions: sessions.clone(),
+            ingest: ingest.clone(),
+            trust: trust.clone(),
+            tunables: tunables.clone(),
+        };
+        let admin = Admin {
+            db: db.clone(),
+            store: store.clone(),
+            trust: trust.clone(),
+            releases: Releases::new(db.clone(), store.clone(), trust),
+            devices: Devices::new(db.clone(), access.clone(), sessions.clone(), ca, config.trust_domain.clone()),
+            sessions: sessions.clone(),
+            about: Arc::new(about(&config, addresses)?),
+            stop: stop.goaway.clone(),
+            uploads: Arc::new(Semaphore::new(limits::UPLOADS)),
+            backups: Arc::new(Semaphore::new(1)),
+        };
+        let downloads = Downloads::new(db.clone(), store, access.clone(), config.limits.downloads);
+        let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, app| {
+            Arc::new(Listener {
+                name,
+                tls: tls.clone(),
+                app,
+                access: access.clone(),
+                connections: config.limits.connections,
+                handshakes_per_address: config.limits.handshakes_per_address,
+            })
+        };
+        let health = Health::default();
+        let devices = listener("devices", &tls.devices, devices_app(context, downloads));
+        let operators = listener("operators", &tls.operators, operators_app(admin)?);
+        let mut listeners = JoinSet::new();
+        listeners.spawn(listen::serve(devices_socket, devices, stop.clone()));
+        listeners.spawn(listen::serve(operators_socket, operators, stop.clone()));
+        if let Some(socket) = metrics_socket {
+            listeners.spawn(serve_http(socket, health.clone(), metrics::install(), stop.kill.clone()));
+        }
+        tokio::spawn(flush_last_seen(db.clone(), sessions.clone(), engine_stop.clone()));
+        health.set_ready(true);
+        tracing::info!(
+            devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id,
+            "The server accepts connections."
+        );
+        Ok(Running {
+            config, addresses, tls, tunables, sessions, health, db, ingest, driver, stop, engine_stop, listeners,
+            _lock: lock,
+        })
+    }
+}
+
+impl Running {
+    /// Where it listens.
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// The devices connected now.
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
+    /// Reads the configuration file and the certificates again. On an error everything stays as it was.
+    ///
+    /// New handshakes see the new certificates, new streams the new `[limits]`; other changes need a restart.
+    pub fn reload(&mut self) -> Result<(), StartError> {
+        let config = Config::load(&self.config.path)?;
+        let (devices, operators) = tls_configs(&config)?;
+        self.tls.devices.store(Arc::new(devices));
+        self.tls.operators.store(Arc::new(operators));
+        self.tunables.store(Arc::new(config.limits.clone()));
+        let moved = config.listen.devices != self.config.listen.devices
+            || config.listen.operators != self.config.listen.operators
+            || config.database.url != self.config.database.url
+            || config.files.url != self.config.files.url;
+        if moved {
+            tracing::warn!("Addresses, database or files changed in the configuration: restart to use them.");
+        }
+        self.config = config;
+        tracing::info!("Certificates and configuration were read again.");
+        Ok(())
+    }
+
+    /// Stops in order: no new connections; devices told where to wait, at a limited rate; GOAWAY; a deadline; then the
+    /// engine, once everything reported is committed, and the database.
+    pub async fn drain_and_stop(mut self) {
+        tracing::info!(devices = self.sessions.online_count(), "The server drains.");
+        self.health.set_ready(false);
+        self.stop.accept.cancel();
+        self.sessions.drain(limits::DRAIN_PER_SECOND).await;
+        self.stop.goaway.cancel();
+        let finished = timeout(limits::DRAIN_TIME, async {
+            // The metrics listener ends last: a probe sees the drain.
+            while self.listeners.len() > usize::from(self.addresses.metrics.is_some()) {
+                self.listeners.join_next().await;
+            }
+        });
+        if finished.await.is_err() {
+            tracing::warn!("Some connections did not end in time and are cut.");
+        }
+        self.stop.kill.cancel();
+        while self.listeners.join_next().await.is_some() {}
+        self.engine_stop.cancel();
+        self.ingest.stopped().await;
+        self.driver.stopped().await;
+        self.db.close().await;
+        tracing::info!("The server has stopped.");
+    }
+}
+
+fn devices_app(context: Context, downloads: Downloads) -> Router {
+    let push = PushServiceServer::new(Push::new(context))
+        .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES)
+        .max_encoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
+    let (_, health) = tonic_health::server::health_reporter();
+    Routes::new(push).add_service(health).prepare().into_axum_router().merge(downloads.router())
+}
+
+fn operators_app(admin: Admin) -> Result<Router, StartError> {
+    let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone()))
+        .max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
+    let admin = AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
+    let (_, health) = tonic_health::server::health_reporter();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let routes = Routes::new(admin).add_service(nodes).add_service(health).add_service(reflection);
+    Ok(routes.prepare().into_axum_router())
+}
+
+fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
+    let device_addresses = if config.listen.advertise.is_empty() {
+        vec![addresses.devices.to_string()]
+    } else {
+        config.listen.advertise.clone()
+    };
+    Ok(About {
+        trust_domain: config.trust_domain.clone(),
+        node_id: config.node_id.clone(),
+        device_addresses,
+        node_ca_pem: read(&config.pki.node_ca)?,
+        started_at: Timestamp::now(),
+        trust_dir: config.trust.dir.clone(),
+        scratch_dir: data_dir(config),
+    })
+}
+
+/// TLS for devices, and for operators and nodes: each listener knows only the CAs of its own roles.
+fn tls_configs(config: &Config) -> Result<(rustls::ServerConfig, rustls::ServerConfig), StartError> {
+    let pki = &config.pki;
+    let credentials = || Ok::<_, StartError>(Credentials::from_pem(&read(&pki.certificate)?, &read(&pki.key)?)?);
+    let ca = |path: &Path| Ok::<_, StartError>(tls::certificates_from_pem(&read(path)?)?);
+    let domain = &config.trust_domain;
+    let devices = tls::server_config(credentials()?, &[(Role::Device, ca(&pki.device_ca)?)], domain)?;
+    let others = [(Role::Operator, ca(&pki.operator_ca)?), (Role::Node, ca(&pki.node_ca)?)];
+    Ok((devices, tls::server_config(credentials()?, &others, domain)?))
+}
+
+fn read(path: &Path) -> Result<String, StartError> {
+    fs::read_to_string(path).map_err(|source| StartError::Read { path: path.to_owned(), source })
+}
+
+/// The database's directory.
+fn data_dir(config: &Config) -> PathBuf {
+    let path = config.base().join(config.database.url.trim_start_matches("sqlite:"));
+    path.parent().unwrap_or(config.base()).to_owned()
+}
+
+/// Takes the lock that keeps a second server, or a restore, away from the same data; released when the file is dropped.
+pub fn lock(config: &Config) -> Result<File, StartError> {
+    let dir = data_dir(config);
+    let path = dir.join("fwpush.lock");
+    let failed = |source| StartError::Lock { path: path.clone(), source };
+    fs::create_dir_all(&dir).map_err(failed)?;
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked { path: dir }),
+        Err(fs::TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+/// Tells the database now and then which devices live; a heartbeat is never a write.
+async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
+    let mut round = tokio::time::interval(SEEN_ROUND);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = round.tick() => {}
+        }
+        let seen = sessions.take_unflushed(db.now(), SEEN_EVERY);
+        for batch in seen.chunks(limits::SEEN_BATCH) {
+            if let Err(error) = db.flush_last_seen(batch).await {
+                tracing::warn!(error = &error as &dyn std::error::Error, "Last-seen times were not written.");
+            }
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! The life of one device's control stream: first message, registration, then whatever comes first.
+
+use std::{sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use fwpush_keys::{id::DeviceId, time::Timestamp};
+use fwpush_proto::v1::{
+    ClientMessage, Drain, FileNotice, Heartbeat, HeartbeatAck, Registered, ReportAck, RevocationVersion,
+    ServerMessage, SessionKind, client_message::Kind as FromDevice, server_message::Kind as ToDevice,
+};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+use tonic::{Status, Streaming};
+
+use crate::{
+    access::Access,
+    config::Tunables,
+    db::{Db, DeviceRecord},
+    desired::{self, Desired, DesiredAction},
+    ingest::{DeviceReport, Ingest, ReportKind},
+    limits, metrics as m,
+    session::{Closing, Session, Sessions},
+    trust::TrustDocs,
+    wire::{self, Said},
+};
+
+/// What every stream works with; clones share it.
+#[derive(Clone, Debug)]
+pub struct Context {
+    pub db: Db,
+    pub access: Access,
+    pub sessions: Sessions,
+    pub ingest: Ingest,
+    pub trust: TrustDocs,
+    /// Replaced by a reload: new streams see the new one.
+    pub tunables: Arc<ArcSwap<Tunables>>,
+}
+
+type Out = mpsc::Sender<Result<ServerMessage, Status>>;
+
+/// Why a stream ended: what the device is told, or that it left by itself.
+#[derive(Debug)]
+enum End {
+    Left,
+    Stalled,
+    Told(Status),
+}
+
+impl From<Status> for End {
+    fn from(status: Status) -> Self {
+        Self::Told(status)
+    }
+}
+
+/// Serves the stream until either side ends it.
+pub async fn run(context: Context, device: DeviceId, mut inbound: Streaming<ClientMessage>, out: Out) {
+    let end = match serve(&context, &device, &mut inbound, &out).await {
+        Err(end) => end,
+        Ok(never) => match never {},
+    };
+    let reason = match &end {
+        End::Left => "left",
+        End::Stalled => "stalled",
+        End::Told(_) => "told",
+    };
+    metrics::counter!(m::STREAMS_ENDED, "reason" => reason).increment(1);
+    match end {
+        End::Left => tracing::debug!("The device closed its stream."),
+        End::Stalled => tracing::info!("A stream was ended: the device read nothing for 30 s."),
+        End::Told(status) => {
+            tracing::info!(code = ?status.code(), reason = status.message(), "A stream was ended.");
+            // A peer that does not read must not hold this task.
+            let _ = timeout(limits::WRITE_STALL, out.send(Err(status))).await;
+        }
+    }
+}
+
+async fn serve(
+    context: &Context,
+    device: &DeviceId,
+    inbound: &mut Streaming<ClientMessage>,
+    out: &Out,
+) -> Result<std::convert::Infallible, End> {
+    let hello = wire::hello(first_message(inbound).await?, device)?;
+    let record = context.db.device(device).await.map_err(wire::db)?;
+    let record = record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+    let session =
+        context.sessions.claim(device, &record.product, hello.last_session_id.as_deref(), record.hears.clone());
+    // After the claim: a change of the desired state from here on reaches the session's slot.
+    let desired = desired::register(&context.ingest, &hello.facts, device).await.map_err(wire::db)?;
+    tracing::info!(
+        session.id = session.id,
+        session.epoch,
+        resumed = session.resumed,
+        version = hello.facts.current.version,
+        generation = desired.generation,
+        "A device registered."
+    );
+    let mut stream = Stream {
+        context,
+        device,
+        record,
+        session,
+        out,
+        state_id: hello.facts.state_id.clone(),
+        root_version: hello.root_version,
+        revocation: hello.revocation,
+        sent_generation: 0,
+        heard: Instant::now(),
+        budget: Budget::new(),
+    };
+    stream.welcome(&hello.facts, desired).await?;
+    stream.exchange(inbound).await
+}
+
+async fn first_message(inbound: &mut Streaming<ClientMessage>) -> Result<FromDevice, End> {
+    match timeout(limits::REGISTER_TIME, inbound.message()).await {
+        Err(_) => Err(Status::deadline_exceeded("no register or reconnect message within 10 s").into()),
+        Ok(Err(status)) => Err(refusal_of(status)),
+        Ok(Ok(None)) => Err(End::Left),
+        Ok(Ok(Some(message))) => message
+            .kind
+            .ok_or_else(|| Status::invalid_argument("the first message must be register or reconnect").into()),
+    }
+}
+
+/// A message that cannot be read is the device's to know; a broken connection is not.
+fn refusal_of(status: Status) -> End {
+    match status.code() {
+        tonic::Code::OutOfRange | tonic::Code::ResourceExhausted | tonic::Code::InvalidArgument => {
+            let words = format!("a message of at most {} bytes is wanted", limits::CLIENT_MESSAGE_BYTES);
+            Status::new(tonic::Code::ResourceExhausted, words).into()
+        }
+        tonic::Code::Internal => Status::invalid_argument("a message could not be decoded").into(),
+        _ => End::Left,
+    }
+}
+
+struct Stream<'a> {
+    context: &'a Context,
+    device: &'a DeviceId,
+    record: DeviceRecord,
+    session: Session,
+    out: &'a Out,
+    state_id: String,
+    root_version: u64,
+    revocation: RevocationVersion,
+    sent_generation: u64,
+    heard: Instant,
+    budget: Budget,
+}
+
+impl Stream<'_> {
+    /// Registered, then the trust documents it lacks, then what it should run: the manifest may need the newest list.
+    async fn welcome(&mut self, facts: &desired::Facts, desired: Arc<Desired>) -> Result<(), End> {
+        let tunables = self.context.tunables.load();
+        let kind = if self.session.resumed { SessionKind::Resumed } else { SessionKind::Fresh };
+        self.send(ToDevice::Registered(Registered {
+            session_id: self.session.id.clone(),
+            epoch: self.session.epoch,
+            heartbeat_interval_ms: tunables.heartbeat_interval_s * 1_000,
+            report_interval_ms: limits::REPORT_INTERVAL.as_millis() as u64,
+            reconnect_spread_ms: tunables.reconnect_spread_s * 1_000,
+            server_time_at_ms: Timestamp::now().as_ms(),
+            kind: kind.into(),
+        }))
+        .await?;
+        self.send_trust().await?;
+        // A device that is back with the state it left with has this notice already.
+        let unchanged = self.session.resumed && facts.observed_generation == desired.generation;
+        if !unchanged && desired.generation > 0 {
+            self.send_notice(&desired).await?;
+        }
+        self.sent_generation = desired.generation;
+        Ok(())
+    }
+
+    async fn exchange(&mut self, inbound: &mut Streaming<ClientMessage>) -> Result<std::convert::Infallible, End> {
+        let mut trust = self.context.trust.changes();
+        let silence = Duration::from_secs(self.context.tunables.load().heartbeat_interval_s) * limits::MISSED_HEARTBEATS;
+        loop {
+            tokio::select! {
+                message = inbound.message() => {
+                    let message = message.map_err(refusal_of)?.ok_or(End::Left)?;
+                    self.heard = Instant::now();
+                    self.handle(message).await?;
+                }
+                Some(message) = self.session.control.recv() => self.send_message(message).await?,
+                Ok(()) = self.session.desired.changed() => {
+                    let desired = self.session.desired.borrow_and_update().clone();
+                    if let Some(desired) = desired.filter(|desired| desired.generation > self.sent_generation) {
+                        self.send_notice(&desired).await?;
+                    }
+                }
+                Ok(()) = self.session.acks.changed() => {
+                    let acked = self.session.acks.borrow_and_update().clone();
+                    if let Some(acked) = acked {
+                        let ack = ReportAck { upto_seq: acked.upto_seq, generation: acked.generation };
+                        self.send(ToDevice::ReportAck(ack)).await?;
+                    }
+                }
+                Ok(()) = trust.changed() => self.send_trust().await?,
+                Ok(()) = self.session.closing.changed() => {
+                    let closing = *self.session.closing.borrow_and_update();
+                    if let Some(closing) = closing {
+                        return Err(self.close(closing).await);
+                    }
+                }
+                () = tokio::time::sleep_until(self.heard + silence) => {
+                    return Err(Status::deadline_exceeded("no heartbeat came; connect again").into());
+                }
+            }
+        }
+    }
+
+    async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
+        if !self.budget.take() {
+            let words = format!("more than {} messages a second", limits::MESSAGES_PER_SECOND);
+            return Err(Status::resource_exhausted(words).into());
+        }
+        // A kind that a newer agent may send is no error.
+        let Some(kind) = message.kind else { return Ok(()) };
+        match kind {
+            FromDevice::Register(_) | FromDevice::Reconnect(_) => {
+                Err(Status::failed_precondition("this stream is registered already").into())
+            }
+            FromDevice::Heartbeat(beat) => self.heartbeat(beat).await,
+            FromDevice::TrustState(state) => {
+                if let Some(error) = &state.error {
+                    let words = format!("{}: {}", wire::cut(&error.code), wire::cut(&error.message));
+                    tracing::warn!(error = words, "A device refused a trust document.");
+                    let event = self.context.db.event(Some(self.device), "TRUST_REFUSED", &words, self.device.as_str());
+                    return event.await.map_err(|error| wire::db(error).into());
+                }
+                let progress = state.root_version > self.root_version;
+                self.root_version = state.root_version;
+                self.revocation = state.revocation.unwrap_or_default();
+                // More than one message of roots follows only while the device accepts them.
+                if progress { self.send_trust().await } else { Ok(()) }
+            }
+            FromDevice::NoticeReply(reply) => self.report(wire::reply(reply)?),
+            FromDevice::FileAck(ack) => self.report(wire::file_ack(ack)?),
+            FromDevice::Report(report) => self.report(wire::report(report)?),
+        }
+    }
+
+    /// A report over the bound is dropped unacknowledged: the device sends it again.
+    fn report(&mut self, said: Said) -> Result<(), End> {
+        let updated_to = match &said.kind {
+            ReportKind::Phase { phase, current: Some(current), .. } if phase.is_success() => {
+                Some(current.version.clone())
+            }
+            _ => None,
+        };
+        let report = DeviceReport {
+            device: self.device.clone(),
+            state_id: self.state_id.clone(),
+            boot_count: said.boot_count,
+            seq: said.seq,
+            generation: said.generation,
+            kind: said.kind,
+        };
+        if self.context.ingest.submit(report, &self.session.ack_sink).is_err() {
+            metrics::counter!(m::REPORTS_DROPPED).increment(1);
+        } else if let Some(version) = updated_to {
+            self.context.sessions.announce_update(self.device, &self.record.product, &version);
+        }
+        Ok(())
+    }
+
+    async fn heartbeat(&mut self, beat: Heartbeat) -> Result<(), End> {
+        if beat.client_id != self.device.as_str() {
+            return Err(Status::permission_denied("the heartbeat names another client_id than the certificate").into());
+        }
+        let ack = HeartbeatAck { timestamp: beat.timestamp, desired_generation: self.sent_generation };
+        self.send(ToDevice::HeartbeatAck(ack)).await
+    }
+
+    async fn send_trust(&mut self) -> Result<(), End> {
+        let update = self.context.trust.update_for(&self.record.product, self.root_version, &self.revocation);
+        match update {
+            Some(update) => self.send(ToDevice::TrustUpdate(update)).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn send_notice(&mut self, desired: &Desired) -> Result<(), End> {
+        let notice: FileNotice = desired::notice(desired, uuid::Uuid::new_v4().simple().to_string());
+        self.send(ToDevice::FileNotice(notice)).await?;
+        self.sent_generation = desired.generation;
+        metrics::counter!(m::NOTICES, "action" => desired.action.as_str()).increment(1);
+        if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) = (desired.action, desired.rollout_id) {
+            tracing::info!(rollout.id = %rollout, generation = desired.generation, "A notice was sent.");
+            self.context.ingest.offered(self.device.clone(), rollout, desired.generation);
+        }
+        Ok(())
+    }
+
+    async fn close(&mut self, closing: Closing) -> End {
+        match closing {
+            Closing::Replaced => Status::aborted("a newer stream of this device took over").into(),
+            Closing::Refused => Status::permission_denied("this device is blocked or was removed").into(),
+            Closing::Draining => {
+                let spread = self.context.tunables.load().reconnect_spread_s.max(1) * 1_000;
+                let drain = Drain { min_ms: 100, max_ms: spread };
+                if let Err(end) = self.send(ToDevice::Drain(drain)).await {
+                    return end;
+                }
+                Status::unavailable("this node is stopping; connect again").into()
+            }
+        }
+    }
+
+    async fn send(&mut self, kind: ToDevice) -> Result<(), End> {
+        self.send_message(ServerMessage { kind: Some(kind) }).await
+    }
+
+    async fn send_message(&mut self, message: ServerMessage) -> Result<(), End> {
+        match timeout(limits::WRITE_STALL, self.out.send(Ok(message))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(End::Left),
+            Err(_) => Err(End::Stalled),
+        }
+    }
+}
+
+/// Messages a second, averaged over ten.
+#[derive(Debug)]
+struct Budget {
+    left: f64,
+    at: Instant,
+}
+
+impl Budget {
+    const MOST: f64 = limits::MESSAGES_PER_SECOND as f64 * 10.0;
+
+    fn new() -> Self {
+        Self { left: Self::MOST, at: Instant::now() }
+    }
+
+    fn take(&mut self) -> bool {
+        let now = Instant::now();
+        let earned = now.duration_since(self.at).as_secs_f64() * f64::from(limits::MESSAGES_PER_SECOND);
+        (self.left, self.at) = ((self.left + earned).min(Self::MOST), now);
+        let enough = self.left >= 1.0;
+        self.left -= if enough { 1.0 } else { 0.0 };
+        enough
+    }
+}

@@ -1,0 +1,263 @@
+//! The trust documents that this server hands to devices: the chain of roots and one revocation list per product.
+//!
+//! The server verifies what it publishes but can sign none of it. The first root comes from the configuration's directory,
+//! later documents from the database.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
+};
+
+use bytes::Bytes;
+use fwpush_keys::{
+    dsse::{DsseError, Envelope, PayloadType},
+    id::{Product, ReleaseId},
+    revocation::Revocation,
+    root::Root,
+    trust::{TrustError, Verified},
+};
+use fwpush_proto::v1::{RevocationVersion, TrustUpdate};
+use serde::Deserialize;
+use tokio::sync::{Mutex, watch};
+
+use crate::{
+    db::{Db, DbError, TrustKind},
+    limits,
+};
+
+/// Why the server cannot start with its trust documents.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("read {}; `fwpush init` writes it", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}", path.display())]
+    Refused { path: PathBuf, source: TrustError },
+    #[error("a trust document in the database")]
+    Stored(#[source] TrustError),
+    #[error("read the trust documents of the database")]
+    Db(#[from] DbError),
+}
+
+/// Why a document is not published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    #[error(transparent)]
+    Envelope(#[from] DsseError),
+    #[error(transparent)]
+    Refused(#[from] TrustError),
+    #[error("a release is published with `fwpush release publish`")]
+    Release,
+    #[error("the payload names no product of the root")]
+    Product,
+    #[error("the list is not newer than the one held, version {held} under root {held_root}")]
+    NotNewer { held_root: u64, held: u64 },
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+/// What publishing changed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Published {
+    /// This very document was there already.
+    Same,
+    Root,
+    Revocation(Product),
+}
+
+/// The documents; clones share them.
+#[derive(Clone, Debug)]
+pub struct TrustDocs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    db: Db,
+    documents: RwLock<Documents>,
+    changed: watch::Sender<u64>,
+    /// One publication at a time, from the check to the commit.
+    publishing: Mutex<()>,
+}
+
+#[derive(Clone, Debug)]
+struct Documents {
+    /// Envelopes by version, oldest first, without a gap.
+    roots: Vec<(u64, Bytes)>,
+    head: Verified<Root>,
+    revocations: HashMap<Product, Verified<Revocation>>,
+}
+
+/// The one field looked at before a signature is checked: it selects the keys, and `Verified` requires that it agrees.
+#[derive(Deserialize)]
+struct ProductOnly {
+    product: Product,
+}
+
+impl TrustDocs {
+    /// Reads `dir/1.root.json` and what was published since.
+    pub async fn open(dir: &Path, db: Db) -> Result<Self, LoadError> {
+        let path = dir.join("1.root.json");
+        let first = fs::read(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
+        let head = Verified::<Root>::bootstrap(&first)
+            .map_err(|source| LoadError::Refused { path, source })?;
+        let roots = vec![(head.version, Bytes::from(first))];
+        let mut documents = Documents { roots, head, revocations: HashMap::new() };
+        for stored in db.trust_documents(TrustKind::Root).await? {
+            documents.advance(&stored).map_err(LoadError::Stored)?;
+        }
+        for stored in db.trust_documents(TrustKind::Revocation).await? {
+            documents.take_stored_revocation(&stored).map_err(LoadError::Stored)?;
+        }
+        let (changed, _) = watch::channel(0);
+        let inner = Inner { db, documents: RwLock::new(documents), changed, publishing: Mutex::new(()) };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    fn documents(&self) -> RwLockReadGuard<'_, Documents> {
+        self.inner.documents.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The newest root.
+    pub fn root(&self) -> Verified<Root> {
+        self.documents().head.clone()
+    }
+
+    /// Envelopes of all roots, oldest first.
+    pub fn roots(&self) -> Vec<Bytes> {
+        self.documents().roots.iter().map(|(_, envelope)| envelope.clone()).collect()
+    }
+
+    /// The newest list of a product.
+    pub fn revocation(&self, product: &Product) -> Option<Verified<Revocation>> {
+        self.documents().revocations.get(product).cloned()
+    }
+
+    /// The newest list of every product that has one.
+    pub fn revocations(&self) -> Vec<Verified<Revocation>> {
+        self.documents().revocations.values().cloned().collect()
+    }
+
+    /// Wakes when a document was published.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changed.subscribe()
+    }
+
+    /// What a device lacks that holds root `root_version` and list `revocation`; `None` when nothing.
+    pub fn update_for(&self, product: &Product, root_version: u64, held: &RevocationVersion) -> Option<TrustUpdate> {
+        let documents = self.documents();
+        let lacking = documents.roots.iter().filter(|(version, _)| *version > root_version);
+        let roots: Vec<Bytes> =
+            lacking.take(limits::ROOTS_PER_UPDATE).map(|(_, envelope)| envelope.clone()).collect();
+        // A list may be signed by keys of the newest root: it goes with the hop that reaches it.
+        let reaches_head = root_version + roots.len() as u64 >= documents.head.version;
+        let revocation = documents
+            .revocations
+            .get(product)
+            .filter(|list| reaches_head && list.order() > (held.root_version, held.version))
+            .map(|list| Bytes::copy_from_slice(list.envelope()));
+        if roots.is_empty() && revocation.is_none() {
+            return None;
+        }
+        Some(TrustUpdate { roots, revocation: revocation.unwrap_or_default() })
+    }
+
+    /// Marks in the database what the newest list of `product` revokes, which stops its rollouts. Also at each start, so
+    /// that a crash between a list's commit and this is made good.
+    pub async fn apply_revocation(&self, product: &Product, actor: &str) -> Result<(), DbError> {
+        let Some(list) = self.revocation(product) else { return Ok(()) };
+        let revoked: Vec<ReleaseId> = list.revoked.iter().map(|revoked| revoked.release_id).collect();
+        self.inner.db.set_revoked(product, &revoked, actor).await
+    }
+
+    /// Verifies a root or a revocation list, commits it, and hands it to the devices.
+    pub async fn publish(&self, envelope: &[u8], operator: &str) -> Result<Published, PublishError> {
+        let _one = self.inner.publishing.lock().await;
+        let parsed = Envelope::parse(envelope)?;
+        let mut documents = self.documents().clone();
+        let published = match parsed.payload_type() {
+            PayloadType::Release => return Err(PublishError::Release),
+            PayloadType::Root => documents.take_root(envelope)?,
+            PayloadType::Revocation => documents.take_revocation(envelope, parsed.payload())?,
+        };
+        match &published {
+            Published::Same => return Ok(published),
+            Published::Root => {
+                let version = documents.head.version;
+                self.inner.db.add_trust_document(TrustKind::Root, "", version, version, envelope).await?;
+                self.inner.db.audit("ROOT_PUBLISHED", &format!("version {version}"), operator).await?;
+            }
+            Published::Revocation(product) => {
+                let list = &documents.revocations[product];
+                let (root_version, version) = list.order();
+                let name = product.as_str();
+                self.inner.db.add_trust_document(TrustKind::Revocation, name, root_version, version, envelope).await?;
+                let words = format!("{product}: version {version}, {} releases", list.revoked.len());
+                self.inner.db.audit("REVOCATION_PUBLISHED", &words, operator).await?;
+            }
+        }
+        *self.inner.documents.write().unwrap_or_else(PoisonError::into_inner) = documents;
+        self.inner.changed.send_modify(|count| *count += 1);
+        Ok(published)
+    }
+}
+
+impl Documents {
+    fn advance(&mut self, envelope: &[u8]) -> Result<(), TrustError> {
+        self.head = self.head.advance(envelope)?;
+        self.roots.push((self.head.version, Bytes::copy_from_slice(envelope)));
+        Ok(())
+    }
+
+    fn take_root(&mut self, envelope: &[u8]) -> Result<Published, PublishError> {
+        if self.roots.iter().any(|(_, held)| held == envelope) {
+            return Ok(Published::Same);
+        }
+        self.advance(envelope)?;
+        Ok(Published::Root)
+    }
+
+    fn take_revocation(&mut self, envelope: &[u8], payload: &[u8]) -> Result<Published, PublishError> {
+        let product = product_of(payload).ok_or(PublishError::Product)?;
+        if let Some(held) = self.revocations.get(&product) {
+            if held.envelope() == envelope {
+                return Ok(Published::Same);
+            }
+            let list = self.head.verify_revocation(&product, envelope)?;
+            let (held_root, version) = held.order();
+            if list.order() <= held.order() {
+                return Err(PublishError::NotNewer { held_root, held: version });
+            }
+            self.revocations.insert(product.clone(), list);
+        } else {
+            let list = self.head.verify_revocation(&product, envelope)?;
+            self.revocations.insert(product.clone(), list);
+        }
+        Ok(Published::Revocation(product))
+    }
+
+    /// A stored list was verified when it was published. One whose keys a later root took away still binds devices that
+    /// hold it, but can be handed to no other: it is left out.
+    fn take_stored_revocation(&mut self, envelope: &[u8]) -> Result<(), TrustError> {
+        let parsed = Envelope::parse(envelope)?;
+        let Some(product) = product_of(parsed.payload()) else { return Ok(()) };
+        match self.head.verify_revocation(&product, envelope) {
+            Ok(list) => {
+                if self.revocations.get(&product).is_none_or(|held| held.order() < list.order()) {
+                    self.revocations.insert(product, list);
+                }
+            }
+            Err(error) => tracing::warn!(
+                %product, %error,
+                "A revocation list is not signed by the present root's keys; sign and publish it again."
+            ),
+        }
+        Ok(())
+    }
+}
+
+/// The product that an unverified payload names: good for choosing keys, for nothing else.
+pub fn product_of(payload: &[u8]) -> Option<Product> {
+    serde_json::from_slice::<ProductOnly>(payload).ok().map(|named| named.product)
+}
