@@ -23,13 +23,21 @@ impl Clock {
     /// `stored` is the latest time that any commit saw.
     pub(crate) fn new(stored: Timestamp) -> Self {
         let base_ms = Timestamp::now().max(stored).as_ms();
-        Self { started: Instant::now(), base_ms, ahead_ms: AtomicI64::new(0), latest_ms: AtomicI64::new(base_ms) }
+        Self {
+            started: Instant::now(),
+            base_ms,
+            ahead_ms: AtomicI64::new(0),
+            latest_ms: AtomicI64::new(base_ms),
+        }
     }
 
     pub(crate) fn now(&self) -> Timestamp {
         // The monotonic clock keeps time where the system's was set back; the system's where the machine slept.
         let run = i64::try_from(self.started.elapsed().as_millis()).unwrap_or(i64::MAX);
-        let now = self.base_ms.saturating_add(run).max(Timestamp::now().as_ms());
+        let now = self
+            .base_ms
+            .saturating_add(run)
+            .max(Timestamp::now().as_ms());
         let now = now.saturating_add(self.ahead_ms.load(Ordering::Relaxed));
         Timestamp::from_ms(self.latest_ms.fetch_max(now, Ordering::Relaxed).max(now))
     }

@@ -27,21 +27,36 @@ pub(super) async fn add(tx: &mut Tx, deltas: &Deltas) -> Result<(), DbError> {
             rows.push(json!([rollout.to_string(), wave, phase.as_i32(), delta]));
         }
     }
-    tx.execute_for("count phases", ADD, rows, vec![]).await.map(|_| ())
+    tx.execute_for("count phases", ADD, rows, vec![])
+        .await
+        .map(|_| ())
 }
 
 /// The counts of each of `rollouts` that has any, by wave.
-pub(super) async fn of(on: &mut On<'_>, rollouts: &[RolloutId]) -> Result<BTreeMap<RolloutId, Vec<WaveSeen>>, DbError> {
+pub(super) async fn of(
+    on: &mut On<'_>,
+    rollouts: &[RolloutId],
+) -> Result<BTreeMap<RolloutId, Vec<WaveSeen>>, DbError> {
     const SELECT: &str = "SELECT c.rollout_id, c.wave, c.phase, CAST(SUM(c.devices) AS BIGINT) AS devices \
         FROM {rows} AS x JOIN counters AS c ON c.rollout_id = x.rollout_id \
         GROUP BY c.rollout_id, c.wave, c.phase ORDER BY c.rollout_id, c.wave";
-    let rows = on.rows_for("read counts", SELECT, Rows::column(&["rollout_id"], rollouts), vec![]).await?;
+    let rows = on
+        .rows_for(
+            "read counts",
+            SELECT,
+            Rows::column(&["rollout_id"], rollouts),
+            vec![],
+        )
+        .await?;
     let mut counts: BTreeMap<RolloutId, Vec<WaveSeen>> = BTreeMap::new();
     for row in &rows {
         let waves = counts.entry(row.parse("rollout_id")?).or_default();
         let (wave, phase) = (row.u32("wave")?, phase(row.i64("phase")?)?);
         if waves.last().is_none_or(|last| last.wave != wave) {
-            waves.push(WaveSeen { wave, phases: Default::default() });
+            waves.push(WaveSeen {
+                wave,
+                phases: Default::default(),
+            });
         }
         if let Some(last) = waves.last_mut() {
             last.phases.add(phase, row.u64("devices")?);

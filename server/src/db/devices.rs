@@ -99,7 +99,8 @@ impl DeviceRecord {
                 confirmed: row.bool("confirmed")?,
             },
             desired_generation: row.u64("desired_generation")?,
-            desired_action: desired_action.ok_or_else(|| DbError::value("desired_action", action))?,
+            desired_action: desired_action
+                .ok_or_else(|| DbError::value("desired_action", action))?,
             desired_rollout: row.opt_parse("desired_rollout_id")?,
             next_rollout: row.opt_parse("next_rollout_id")?,
         })
@@ -107,7 +108,10 @@ impl DeviceRecord {
 
     /// True when `new` describes the device that this is.
     fn is(&self, new: &NewDevice) -> bool {
-        self.product == new.product && self.hw_id == new.hw_id && self.hw_rev == new.hw_rev && self.channel == new.channel
+        self.product == new.product
+            && self.hw_id == new.hw_id
+            && self.hw_rev == new.hw_rev
+            && self.channel == new.channel
     }
 }
 
@@ -145,7 +149,9 @@ pub struct DeviceFilter {
 const BY_ID: &str = "SELECT * FROM devices WHERE device_id = $1";
 
 async fn record(tx: &mut Tx, id: &DeviceId) -> Result<Option<DeviceRecord>, DbError> {
-    let row = tx.row("look up a device", BY_ID, params![id.as_str()]).await?;
+    let row = tx
+        .row("look up a device", BY_ID, params![id.as_str()])
+        .await?;
     row.as_ref().map(DeviceRecord::read).transpose()
 }
 
@@ -157,29 +163,50 @@ impl Db {
             VALUES ($1, $2, $3, $4, $5, $6)";
         let mut tx = self.begin().await?;
         if let Some(record) = record(&mut tx, &new.client_id).await? {
-            return Ok(if record.is(&new) { Added::Same(record) } else { Added::Conflict(record) });
+            return Ok(if record.is(&new) {
+                Added::Same(record)
+            } else {
+                Added::Conflict(record)
+            });
         }
         let now = tx.now();
         let id = &new.client_id;
-        let values = params![id.as_str(), new.product.as_str(), new.hw_id.as_str(), new.hw_rev, new.channel.as_str(), now];
+        let values = params![
+            id.as_str(),
+            new.product.as_str(),
+            new.hw_id.as_str(),
+            new.hw_rev,
+            new.channel.as_str(),
+            now
+        ];
         tx.execute(ADD, INSERT, values).await?;
         let mut added = states::load(self, &mut On::Tx(&mut tx), std::slice::from_ref(id)).await?;
         for state in &mut added {
             state.joins = Joins::Any;
-            let details = format!("{}, {} revision {}, {}", new.product, new.hw_id, new.hw_rev, new.channel);
-            state.events.push(NewEvent::audit(Some(id), "ADDED", details, actor));
+            let details = format!(
+                "{}, {} revision {}, {}",
+                new.product, new.hw_id, new.hw_rev, new.channel
+            );
+            state
+                .events
+                .push(NewEvent::audit(Some(id), "ADDED", details, actor));
         }
         join::join(self, &mut tx, &mut added).await?;
         let saved = states::save(&mut tx, added).await?;
         let record = record(&mut tx, id).await?;
         tx.commit().await?;
         saved.nudge(self);
-        record.map(Added::Created).ok_or_else(|| DbError::value("device_id", "vanished while it was added"))
+        record
+            .map(Added::Created)
+            .ok_or_else(|| DbError::value("device_id", "vanished while it was added"))
     }
 
     /// The device's record; None for an unknown id.
     pub async fn device(&self, id: &DeviceId) -> Result<Option<DeviceRecord>, DbError> {
-        let row = self.reader().row("look up a device", BY_ID, params![id.as_str()]).await?;
+        let row = self
+            .reader()
+            .row("look up a device", BY_ID, params![id.as_str()])
+            .await?;
         row.as_ref().map(DeviceRecord::read).transpose()
     }
 
@@ -187,13 +214,16 @@ impl Db {
     pub async fn list_devices(&self, filter: &DeviceFilter) -> Result<Vec<DeviceRecord>, DbError> {
         const LIST: &str = "list devices";
         const ALL: &str = "SELECT * FROM devices WHERE device_id > $1 ORDER BY device_id LIMIT $2";
-        const OF_PRODUCT: &str =
-            "SELECT * FROM devices WHERE product = $3 AND device_id > $1 ORDER BY device_id LIMIT $2";
+        const OF_PRODUCT: &str = "SELECT * FROM devices WHERE product = $3 AND device_id > $1 ORDER BY device_id LIMIT $2";
         let after = filter.after.as_ref().map_or("", DeviceId::as_str);
         let limit = filter.limit.min(limits::PAGE_MAX);
         let rows = match &filter.product {
             None => self.reader().rows(LIST, ALL, params![after, limit]).await?,
-            Some(product) => self.reader().rows(LIST, OF_PRODUCT, params![after, limit, product.as_str()]).await?,
+            Some(product) => {
+                self.reader()
+                    .rows(LIST, OF_PRODUCT, params![after, limit, product.as_str()])
+                    .await?
+            }
         };
         rows.iter().map(DeviceRecord::read).collect()
     }
@@ -202,20 +232,36 @@ impl Db {
     pub async fn count_devices(&self, product: Option<&Product>) -> Result<u64, DbError> {
         const COUNT: &str = "count devices";
         let row = match product {
-            None => self.reader().row(COUNT, "SELECT COUNT(*) AS devices FROM devices", vec![]).await?,
+            None => {
+                self.reader()
+                    .row(COUNT, "SELECT COUNT(*) AS devices FROM devices", vec![])
+                    .await?
+            }
             Some(product) => {
                 let sql = "SELECT COUNT(*) AS devices FROM devices WHERE product = $1";
-                self.reader().row(COUNT, sql, params![product.as_str()]).await?
+                self.reader()
+                    .row(COUNT, sql, params![product.as_str()])
+                    .await?
             }
         };
         row.map_or(Ok(0), |row| row.u64("devices"))
     }
 
     /// Blocks or unblocks. Its open update stays as it is: a pending one waits, any other runs into its deadline. None: unknown.
-    pub async fn set_blocked(&self, id: &DeviceId, blocked: bool, reason: &str, actor: &str) -> Result<Option<DeviceRecord>, DbError> {
+    pub async fn set_blocked(
+        &self,
+        id: &DeviceId,
+        blocked: bool,
+        reason: &str,
+        actor: &str,
+    ) -> Result<Option<DeviceRecord>, DbError> {
         const SET: &str = "UPDATE devices SET blocked = $2 WHERE device_id = $1 AND blocked <> $2";
         let mut tx = self.begin().await?;
-        if tx.execute("block a device", SET, params![id.as_str(), blocked]).await? > 0 {
+        if tx
+            .execute("block a device", SET, params![id.as_str(), blocked])
+            .await?
+            > 0
+        {
             let kind = if blocked { "BLOCKED" } else { "UNBLOCKED" };
             insert_events(&mut tx, &[NewEvent::audit(Some(id), kind, reason, actor)]).await?;
         }
@@ -228,27 +274,54 @@ impl Db {
     pub async fn remove_device(&self, id: &DeviceId, actor: &str) -> Result<bool, DbError> {
         let mut tx = self.begin().await?;
         let now = tx.now();
-        let mut removed = states::load(self, &mut On::Tx(&mut tx), std::slice::from_ref(id)).await?;
-        let Some(state) = removed.first_mut() else { return Ok(false) };
+        let mut removed =
+            states::load(self, &mut On::Tx(&mut tx), std::slice::from_ref(id)).await?;
+        let Some(state) = removed.first_mut() else {
+            return Ok(false);
+        };
         let why = ReportError::new("REMOVED", "an operator removed the device");
         state.end_by_server(Phase::Cancelled, DesiredAction::Abort, why, now);
         state.record.next_rollout = None;
-        state.events.push(NewEvent::audit(Some(id), "REMOVED", "", actor));
+        state
+            .events
+            .push(NewEvent::audit(Some(id), "REMOVED", "", actor));
         let saved = states::save(&mut tx, removed).await?;
         rollout_devices::forget(&mut tx, id).await?;
-        tx.execute("remove a device", "DELETE FROM devices WHERE device_id = $1", params![id.as_str()]).await?;
+        tx.execute(
+            "remove a device",
+            "DELETE FROM devices WHERE device_id = $1",
+            params![id.as_str()],
+        )
+        .await?;
         tx.commit().await?;
         saved.nudge(self);
         Ok(true)
     }
 
     /// Replaces the list of ids whose events the device hears. None: unknown device.
-    pub async fn set_hears(&self, id: &DeviceId, hears: Vec<String>, actor: &str) -> Result<Option<DeviceRecord>, DbError> {
+    pub async fn set_hears(
+        &self,
+        id: &DeviceId,
+        hears: Vec<String>,
+        actor: &str,
+    ) -> Result<Option<DeviceRecord>, DbError> {
         let mut tx = self.begin().await?;
         let list = json!(hears).to_string();
         let values = params![id.as_str(), list];
-        if tx.execute("set what a device hears", "UPDATE devices SET hears = $2 WHERE device_id = $1", values).await? > 0 {
-            insert_events(&mut tx, &[NewEvent::audit(Some(id), "HEARS", hears.join(" "), actor)]).await?;
+        if tx
+            .execute(
+                "set what a device hears",
+                "UPDATE devices SET hears = $2 WHERE device_id = $1",
+                values,
+            )
+            .await?
+            > 0
+        {
+            insert_events(
+                &mut tx,
+                &[NewEvent::audit(Some(id), "HEARS", hears.join(" "), actor)],
+            )
+            .await?;
         }
         let record = record(&mut tx, id).await?;
         tx.commit().await?;
@@ -256,7 +329,11 @@ impl Db {
     }
 
     /// Notes which certificate the device has. False: unknown device.
-    pub async fn set_cert_fingerprint(&self, id: &DeviceId, fingerprint: Option<&str>) -> Result<bool, DbError> {
+    pub async fn set_cert_fingerprint(
+        &self,
+        id: &DeviceId,
+        fingerprint: Option<&str>,
+    ) -> Result<bool, DbError> {
         const SET: &str = "UPDATE devices SET cert_fingerprint = $2 WHERE device_id = $1";
         let mut tx = self.begin().await?;
         let values = params![id.as_str(), fingerprint.map(str::to_owned)];
@@ -275,7 +352,8 @@ impl Db {
                 rows.push(json!([device.as_str(), at.as_ms()]));
             }
             let mut tx = self.begin().await?;
-            tx.execute_for("note when devices were seen", FLUSH, rows, vec![]).await?;
+            tx.execute_for("note when devices were seen", FLUSH, rows, vec![])
+                .await?;
             tx.commit().await?;
         }
         Ok(())
@@ -284,7 +362,10 @@ impl Db {
     /// All blocked devices.
     pub async fn blocked_ids(&self) -> Result<Vec<DeviceId>, DbError> {
         const LIST: &str = "SELECT device_id FROM devices WHERE blocked = 1 ORDER BY device_id";
-        let rows = self.reader().rows("list blocked devices", LIST, vec![]).await?;
+        let rows = self
+            .reader()
+            .rows("list blocked devices", LIST, vec![])
+            .await?;
         rows.iter().map(|row| row.parse("device_id")).collect()
     }
 }

@@ -11,7 +11,10 @@ use std::{path::Path, str::FromStr};
 use fwpush_keys::time::Timestamp;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, SqlSafeStr, Sqlite, SqlitePool,
-    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+    sqlite::{
+        SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow,
+        SqliteSynchronous,
+    },
 };
 
 use super::{DbError, clock::Clock};
@@ -106,7 +109,10 @@ pub(crate) struct Rows {
 impl Rows {
     /// No rows yet, of these columns: integers, texts or nulls.
     pub(crate) fn of(columns: &'static [&'static str]) -> Self {
-        Self { columns, values: Vec::new() }
+        Self {
+            columns,
+            values: Vec::new(),
+        }
     }
 
     /// Adds a row: a JSON array with a value for each column.
@@ -116,9 +122,18 @@ impl Rows {
     }
 
     /// Rows of one column.
-    pub(crate) fn column(column: &'static [&'static str; 1], values: impl IntoIterator<Item = impl ToString>) -> Self {
-        let values = values.into_iter().map(|value| serde_json::json!([value.to_string()])).collect();
-        Self { columns: column, values }
+    pub(crate) fn column(
+        column: &'static [&'static str; 1],
+        values: impl IntoIterator<Item = impl ToString>,
+    ) -> Self {
+        let values = values
+            .into_iter()
+            .map(|value| serde_json::json!([value.to_string()]))
+            .collect();
+        Self {
+            columns: column,
+            values,
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -131,9 +146,16 @@ impl Rows {
 
     /// `sql` with `{rows}` replaced by a table expression over `$1`.
     fn sqlite(&self, sql: &str) -> String {
-        let columns: Vec<String> =
-            self.columns.iter().enumerate().map(|(i, name)| format!("value ->> {i} AS {name}")).collect();
-        sql.replace("{rows}", &format!("(SELECT {} FROM json_each($1))", columns.join(", ")))
+        let columns: Vec<String> = self
+            .columns
+            .iter()
+            .enumerate()
+            .map(|(i, name)| format!("value ->> {i} AS {name}"))
+            .collect();
+        sql.replace(
+            "{rows}",
+            &format!("(SELECT {} FROM json_each($1))", columns.join(", ")),
+        )
     }
 
     fn json(self) -> String {
@@ -143,24 +165,35 @@ impl Rows {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Engine {
-    Sqlite { writer: SqlitePool, readers: SqlitePool },
+    Sqlite {
+        writer: SqlitePool,
+        readers: SqlitePool,
+    },
 }
 
 impl Engine {
     /// Opens, and creates where missing, the database that `url` names; a relative path is relative to `dir`.
     pub(crate) async fn open(url: &str, dir: &Path) -> Result<Self, DbError> {
         const OPEN: &str = "open the database";
-        let refuse = |problem| DbError::Url { url: url.to_owned(), problem };
+        let refuse = |problem| DbError::Url {
+            url: url.to_owned(),
+            problem,
+        };
         let Some(path) = url.strip_prefix("sqlite:") else {
-            return Err(refuse("wanted sqlite:PATH; other databases are not supported yet"));
+            return Err(refuse(
+                "wanted sqlite:PATH; other databases are not supported yet",
+            ));
         };
         let path = path.strip_prefix("//").unwrap_or(path);
         if path.is_empty() || path.starts_with(':') || path.contains(['?', '#']) {
-            return Err(refuse("wanted sqlite: and the path of a file, without options"));
+            return Err(refuse(
+                "wanted sqlite: and the path of a file, without options",
+            ));
         }
         let path = dir.join(path);
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|error| DbError::of(OPEN, sqlx::Error::Io(error)))?;
+            std::fs::create_dir_all(parent)
+                .map_err(|error| DbError::of(OPEN, sqlx::Error::Io(error)))?;
         }
         let options = SqliteConnectOptions::new()
             .filename(&path)
@@ -175,7 +208,10 @@ impl Engine {
             .pragma("temp_store", "MEMORY")
             .disable_statement_logging();
         // The writer first: it creates the file and turns WAL on.
-        let writer = pool(1).connect_with(options.clone()).await.map_err(|error| DbError::of(OPEN, error))?;
+        let writer = pool(1)
+            .connect_with(options.clone())
+            .await
+            .map_err(|error| DbError::of(OPEN, error))?;
         let readers = pool(limits::DB_READERS)
             .connect_with(options.create_if_missing(false).pragma("query_only", "ON"))
             .await
@@ -198,18 +234,30 @@ impl Engine {
         const BEGIN: &str = "begin a transaction";
         match self {
             Self::Sqlite { writer, .. } => {
-                let tx = writer.begin_with("BEGIN IMMEDIATE").await.map_err(|error| DbError::of(BEGIN, error))?;
-                Ok(Tx { inner: TxInner::Sqlite(tx), now: clock.now() })
+                let tx = writer
+                    .begin_with("BEGIN IMMEDIATE")
+                    .await
+                    .map_err(|error| DbError::of(BEGIN, error))?;
+                Ok(Tx {
+                    inner: TxInner::Sqlite(tx),
+                    now: clock.now(),
+                })
             }
         }
     }
 
     /// All rows of a query, from a reader.
-    pub(crate) async fn rows(&self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<Vec<Row>, DbError> {
+    pub(crate) async fn rows(
+        &self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<Vec<Row>, DbError> {
         match self {
             Self::Sqlite { readers, .. } => {
                 let rows = sqlx::query_with(sql, bind(params)).fetch_all(readers).await;
-                rows.map(sqlite_rows).map_err(|error| DbError::of(what, error))
+                rows.map(sqlite_rows)
+                    .map_err(|error| DbError::of(what, error))
             }
         }
     }
@@ -228,7 +276,8 @@ impl Engine {
                 let sql = AssertSqlSafe(rows.sqlite(sql));
                 params.insert(0, Param::Text(Some(rows.json())));
                 let rows = sqlx::query_with(sql, bind(params)).fetch_all(readers).await;
-                rows.map(sqlite_rows).map_err(|error| DbError::of(what, error))
+                rows.map(sqlite_rows)
+                    .map_err(|error| DbError::of(what, error))
             }
         }
     }
@@ -240,11 +289,22 @@ impl Engine {
             Self::Sqlite { writer, .. } => {
                 // A connection of its own: the copy reads one snapshot and holds no writer up.
                 let options = (*writer.connect_options()).clone().create_if_missing(false);
-                let mut connection = options.connect().await.map_err(|error| DbError::of(COPY, error))?;
-                let path = path.to_str().ok_or_else(|| DbError::value("path", "a backup path must be UTF-8"))?;
-                let copied = sqlx::query("VACUUM INTO $1").bind(path).execute(&mut connection).await;
+                let mut connection = options
+                    .connect()
+                    .await
+                    .map_err(|error| DbError::of(COPY, error))?;
+                let path = path
+                    .to_str()
+                    .ok_or_else(|| DbError::value("path", "a backup path must be UTF-8"))?;
+                let copied = sqlx::query("VACUUM INTO $1")
+                    .bind(path)
+                    .execute(&mut connection)
+                    .await;
                 copied.map_err(|error| DbError::of(COPY, error))?;
-                connection.close().await.map_err(|error| DbError::of(COPY, error))
+                connection
+                    .close()
+                    .await
+                    .map_err(|error| DbError::of(COPY, error))
             }
         }
     }
@@ -269,7 +329,10 @@ fn bind(params: Vec<Param>) -> SqliteArguments {
             Param::Text(value) => arguments.add(value),
             Param::Bytes(value) => arguments.add(value),
         };
-        debug_assert!(added.is_ok(), "integers, texts and bytes are always encodable");
+        debug_assert!(
+            added.is_ok(),
+            "integers, texts and bytes are always encodable"
+        );
     }
     arguments
 }
@@ -297,7 +360,12 @@ impl Tx {
     }
 
     /// Runs a statement; gives the number of rows it changed.
-    pub(crate) async fn execute(&mut self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<u64, DbError> {
+    pub(crate) async fn execute(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<u64, DbError> {
         self.execute_sql(what, sql, params).await
     }
 
@@ -313,7 +381,11 @@ impl Tx {
         if rows.is_empty() {
             return Ok(0);
         }
-        debug_assert!(rows.len() <= limits::COMMIT_ROWS, "{what}: {} rows in one commit", rows.len());
+        debug_assert!(
+            rows.len() <= limits::COMMIT_ROWS,
+            "{what}: {} rows in one commit",
+            rows.len()
+        );
         let sql = match &self.inner {
             TxInner::Sqlite(_) => AssertSqlSafe(rows.sqlite(sql)),
         };
@@ -321,17 +393,28 @@ impl Tx {
         self.execute_sql(what, sql, params).await
     }
 
-    async fn execute_sql(&mut self, what: &'static str, sql: impl SqlSafeStr, params: Vec<Param>) -> Result<u64, DbError> {
+    async fn execute_sql(
+        &mut self,
+        what: &'static str,
+        sql: impl SqlSafeStr,
+        params: Vec<Param>,
+    ) -> Result<u64, DbError> {
         match &mut self.inner {
             TxInner::Sqlite(tx) => {
                 let done = sqlx::query_with(sql, bind(params)).execute(&mut **tx).await;
-                done.map(|done| done.rows_affected()).map_err(|error| DbError::of(what, error))
+                done.map(|done| done.rows_affected())
+                    .map_err(|error| DbError::of(what, error))
             }
         }
     }
 
     /// All rows of a query or of a statement with RETURNING.
-    pub(crate) async fn rows(&mut self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<Vec<Row>, DbError> {
+    pub(crate) async fn rows(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<Vec<Row>, DbError> {
         self.rows_sql(what, sql, params).await
     }
 
@@ -350,22 +433,39 @@ impl Tx {
         self.rows_sql(what, sql, params).await
     }
 
-    async fn rows_sql(&mut self, what: &'static str, sql: impl SqlSafeStr, params: Vec<Param>) -> Result<Vec<Row>, DbError> {
+    async fn rows_sql(
+        &mut self,
+        what: &'static str,
+        sql: impl SqlSafeStr,
+        params: Vec<Param>,
+    ) -> Result<Vec<Row>, DbError> {
         match &mut self.inner {
             TxInner::Sqlite(tx) => {
-                let rows = sqlx::query_with(sql, bind(params)).fetch_all(&mut **tx).await;
-                rows.map(sqlite_rows).map_err(|error| DbError::of(what, error))
+                let rows = sqlx::query_with(sql, bind(params))
+                    .fetch_all(&mut **tx)
+                    .await;
+                rows.map(sqlite_rows)
+                    .map_err(|error| DbError::of(what, error))
             }
         }
     }
 
     /// The first row, if any.
-    pub(crate) async fn row(&mut self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<Option<Row>, DbError> {
+    pub(crate) async fn row(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<Option<Row>, DbError> {
         Ok(self.rows(what, sql, params).await?.into_iter().next())
     }
 
     /// Runs a script of several statements, for migrations.
-    pub(crate) async fn script(&mut self, what: &'static str, sql: &'static str) -> Result<(), DbError> {
+    pub(crate) async fn script(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+    ) -> Result<(), DbError> {
         match &mut self.inner {
             TxInner::Sqlite(tx) => {
                 let done = sqlx::raw_sql(sql).execute(&mut **tx).await;
@@ -385,7 +485,10 @@ impl Tx {
     /// [`Self::commit`] without the clock, for the migration that makes its table.
     pub(crate) async fn commit_as_is(self) -> Result<(), DbError> {
         match self.inner {
-            TxInner::Sqlite(tx) => tx.commit().await.map_err(|error| DbError::of("commit", error)),
+            TxInner::Sqlite(tx) => tx
+                .commit()
+                .await
+                .map_err(|error| DbError::of("commit", error)),
         }
     }
 }
@@ -402,7 +505,9 @@ impl Row {
         T: sqlx::Decode<'r, Sqlite> + sqlx::Type<Sqlite>,
     {
         match self {
-            Self::Sqlite(row) => row.try_get(column).map_err(|error| DbError::value(column, error)),
+            Self::Sqlite(row) => row
+                .try_get(column)
+                .map_err(|error| DbError::value(column, error)),
         }
     }
 
@@ -417,19 +522,24 @@ impl Row {
     /// A counter or size; never negative.
     pub(crate) fn u64(&self, column: &'static str) -> Result<u64, DbError> {
         let value = self.i64(column)?;
-        u64::try_from(value).map_err(|_| DbError::value(column, format_args!("{value} is negative")))
+        u64::try_from(value)
+            .map_err(|_| DbError::value(column, format_args!("{value} is negative")))
     }
 
     pub(crate) fn u32(&self, column: &'static str) -> Result<u32, DbError> {
         let value = self.i64(column)?;
-        u32::try_from(value).map_err(|_| DbError::value(column, format_args!("{value} is out of range")))
+        u32::try_from(value)
+            .map_err(|_| DbError::value(column, format_args!("{value} is out of range")))
     }
 
     pub(crate) fn bool(&self, column: &'static str) -> Result<bool, DbError> {
         match self.i64(column)? {
             0 => Ok(false),
             1 => Ok(true),
-            other => Err(DbError::value(column, format_args!("{other} is neither 0 nor 1"))),
+            other => Err(DbError::value(
+                column,
+                format_args!("{other} is neither 0 nor 1"),
+            )),
         }
     }
 
@@ -454,16 +564,29 @@ impl Row {
     }
 
     /// A text column as a typed value, such as an id.
-    pub(crate) fn parse<T: FromStr<Err: std::fmt::Display>>(&self, column: &'static str) -> Result<T, DbError> {
-        self.text(column)?.parse().map_err(|error| DbError::value(column, error))
+    pub(crate) fn parse<T: FromStr<Err: std::fmt::Display>>(
+        &self,
+        column: &'static str,
+    ) -> Result<T, DbError> {
+        self.text(column)?
+            .parse()
+            .map_err(|error| DbError::value(column, error))
     }
 
-    pub(crate) fn opt_parse<T: FromStr<Err: std::fmt::Display>>(&self, column: &'static str) -> Result<Option<T>, DbError> {
+    pub(crate) fn opt_parse<T: FromStr<Err: std::fmt::Display>>(
+        &self,
+        column: &'static str,
+    ) -> Result<Option<T>, DbError> {
         let text = self.opt_text(column)?;
-        text.map(str::parse).transpose().map_err(|error| DbError::value(column, error))
+        text.map(str::parse)
+            .transpose()
+            .map_err(|error| DbError::value(column, error))
     }
 
-    pub(crate) fn json<T: serde::de::DeserializeOwned>(&self, column: &'static str) -> Result<T, DbError> {
+    pub(crate) fn json<T: serde::de::DeserializeOwned>(
+        &self,
+        column: &'static str,
+    ) -> Result<T, DbError> {
         serde_json::from_str(self.text(column)?).map_err(|error| DbError::value(column, error))
     }
 }
@@ -476,7 +599,12 @@ pub(crate) enum On<'a> {
 }
 
 impl On<'_> {
-    pub(crate) async fn rows(&mut self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<Vec<Row>, DbError> {
+    pub(crate) async fn rows(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<Vec<Row>, DbError> {
         match self {
             Self::Reader(engine) => engine.rows(what, sql, params).await,
             Self::Tx(tx) => tx.rows(what, sql, params).await,
@@ -496,7 +624,12 @@ impl On<'_> {
         }
     }
 
-    pub(crate) async fn row(&mut self, what: &'static str, sql: &'static str, params: Vec<Param>) -> Result<Option<Row>, DbError> {
+    pub(crate) async fn row(
+        &mut self,
+        what: &'static str,
+        sql: &'static str,
+        params: Vec<Param>,
+    ) -> Result<Option<Row>, DbError> {
         Ok(self.rows(what, sql, params).await?.into_iter().next())
     }
 }

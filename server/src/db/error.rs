@@ -5,28 +5,48 @@
 pub enum DbError {
     /// Another writer holds the database, or every connection is taken. Trying again may help.
     #[error("{operation}: the database is busy; try again")]
-    Busy { operation: &'static str, source: sqlx::Error },
+    Busy {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
     /// The disk or the database's quota is full. Nothing was changed.
     #[error("{operation}: no space left for the database; free some on its disk")]
-    Full { operation: &'static str, source: sqlx::Error },
+    Full {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
     /// The file, its directory or its file system cannot be written. Nothing was changed.
     #[error("{operation}: the database is read-only; check owner, mode and mount of its directory")]
-    ReadOnly { operation: &'static str, source: sqlx::Error },
+    ReadOnly {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
     /// The file is damaged or is no database.
     #[error("{operation}: the database file is damaged; restore it from a backup")]
-    Corrupt { operation: &'static str, source: sqlx::Error },
+    Corrupt {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
     /// The disk failed while reading or writing; whether a commit happened is not known.
     #[error("{operation}: the database's disk failed")]
-    Io { operation: &'static str, source: sqlx::Error },
+    Io {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
     /// A newer fwpush wrote this database and said that older ones must not touch it.
-    #[error("the database has schema {found} for fwpush with schema {oldest} and later; this one has {ours}: use a newer fwpush")]
+    #[error(
+        "the database has schema {found} for fwpush with schema {oldest} and later; this one has {ours}: use a newer fwpush"
+    )]
     NewerSchema { found: i64, oldest: i64, ours: i64 },
     /// `[database] url` is not one that this server knows.
     #[error("database url {url:?}: {problem}")]
     Url { url: String, problem: &'static str },
     /// A stored value cannot be what it should be.
     #[error("the database holds an invalid {column}: {problem}")]
-    Value { column: &'static str, problem: String },
+    Value {
+        column: &'static str,
+        problem: String,
+    },
     /// The server is stopping.
     #[error("the database is closed")]
     Closed,
@@ -35,7 +55,10 @@ pub enum DbError {
     Overloaded { operation: &'static str },
     /// Anything else: a fault of this program.
     #[error("{operation}")]
-    Other { operation: &'static str, source: sqlx::Error },
+    Other {
+        operation: &'static str,
+        source: sqlx::Error,
+    },
 }
 
 impl DbError {
@@ -57,7 +80,10 @@ impl DbError {
     }
 
     pub(crate) fn value(column: &'static str, problem: impl std::fmt::Display) -> Self {
-        Self::Value { column, problem: problem.to_string() }
+        Self::Value {
+            column,
+            problem: problem.to_string(),
+        }
     }
 
     /// Sorts an error of sqlx by SQLite's primary result code (<https://www.sqlite.org/rescode.html>).
@@ -75,7 +101,10 @@ impl DbError {
             sqlx::Error::PoolClosed | sqlx::Error::WorkerCrashed => return Self::Closed,
             sqlx::Error::Io(_) => IOERR,
             sqlx::Error::Database(error) => {
-                let extended = error.code().and_then(|code| code.parse::<i32>().ok()).unwrap_or(0);
+                let extended = error
+                    .code()
+                    .and_then(|code| code.parse::<i32>().ok())
+                    .unwrap_or(0);
                 extended & 0xff
             }
             _ => 0,
@@ -90,4 +119,3 @@ impl DbError {
         }
     }
 }
-

@@ -38,13 +38,30 @@ pub(crate) struct NewEvent {
 impl NewEvent {
     /// What `device` did or what happened to it.
     pub(crate) fn of_device(device: &DeviceId, kind: &str, details: String) -> Self {
-        Self { device: Some(device.clone()), kind: kind.to_owned(), details, actor: device.to_string(), audit: false }
+        Self {
+            device: Some(device.clone()),
+            kind: kind.to_owned(),
+            details,
+            actor: device.to_string(),
+            audit: false,
+        }
     }
 
     /// What an operator did, to `device` or in general.
-    pub(crate) fn audit(device: Option<&DeviceId>, kind: &str, details: impl Into<String>, actor: &str) -> Self {
+    pub(crate) fn audit(
+        device: Option<&DeviceId>,
+        kind: &str,
+        details: impl Into<String>,
+        actor: &str,
+    ) -> Self {
         let (kind, actor) = (kind.to_owned(), actor.to_owned());
-        Self { device: device.cloned(), kind, details: details.into(), actor, audit: true }
+        Self {
+            device: device.cloned(),
+            kind,
+            details: details.into(),
+            actor,
+            audit: true,
+        }
     }
 }
 
@@ -60,15 +77,28 @@ pub(crate) async fn insert(tx: &mut Tx, events: &[NewEvent]) -> Result<(), DbErr
     let mut bounded = Rows::of(&["device_id"]);
     for event in events {
         let device = event.device.as_ref().map(DeviceId::as_str);
-        rows.push(json!([device, event.kind, cut(&event.details), event.actor, i64::from(event.audit)]));
+        rows.push(json!([
+            device,
+            event.kind,
+            cut(&event.details),
+            event.actor,
+            i64::from(event.audit)
+        ]));
         if let (Some(device), false) = (device, event.audit) {
             bounded.push(json!([device]));
         }
     }
     let now = tx.now();
-    tx.execute_for("write events", INSERT, rows, params![now]).await?;
+    tx.execute_for("write events", INSERT, rows, params![now])
+        .await?;
     // One goes for one that came; a batch with several of one device leaves it over its bound until the next.
-    tx.execute_for("bound the events of a device", CUT, bounded, params![limits::EVENTS_PER_DEVICE]).await?;
+    tx.execute_for(
+        "bound the events of a device",
+        CUT,
+        bounded,
+        params![limits::EVENTS_PER_DEVICE],
+    )
+    .await?;
     Ok(())
 }
 
@@ -85,12 +115,23 @@ fn cut(text: &str) -> &str {
 pub(crate) async fn prune(tx: &mut Tx, before: Timestamp) -> Result<u64, DbError> {
     const DELETE: &str = "DELETE FROM events WHERE event_id IN (\
         SELECT event_id FROM events WHERE audit = 0 AND at_ms < $1 LIMIT $2)";
-    tx.execute("forget old events", DELETE, params![before, limits::COMMIT_ROWS as u64]).await
+    tx.execute(
+        "forget old events",
+        DELETE,
+        params![before, limits::COMMIT_ROWS as u64],
+    )
+    .await
 }
 
 impl Db {
     /// Notes what happened to a device, or to none.
-    pub async fn event(&self, device: Option<&DeviceId>, kind: &str, details: &str, actor: &str) -> Result<(), DbError> {
+    pub async fn event(
+        &self,
+        device: Option<&DeviceId>,
+        kind: &str,
+        details: &str,
+        actor: &str,
+    ) -> Result<(), DbError> {
         let event = NewEvent {
             device: device.cloned(),
             kind: kind.to_owned(),
@@ -103,7 +144,8 @@ impl Db {
 
     /// Notes what an operator did. Kept for good.
     pub async fn audit(&self, kind: &str, details: &str, actor: &str) -> Result<(), DbError> {
-        self.write_event(NewEvent::audit(None, kind, details, actor)).await
+        self.write_event(NewEvent::audit(None, kind, details, actor))
+            .await
     }
 
     async fn write_event(&self, event: NewEvent) -> Result<(), DbError> {
@@ -116,7 +158,13 @@ impl Db {
     pub async fn events_of(&self, device: &DeviceId, limit: u32) -> Result<Vec<EventRow>, DbError> {
         const SELECT: &str = "SELECT at_ms, kind, details, actor FROM events WHERE device_id = $1 ORDER BY event_id DESC LIMIT $2";
         let mut on: On<'_> = self.reader();
-        let rows = on.rows("list the events of a device", SELECT, params![device.as_str(), limit]).await?;
+        let rows = on
+            .rows(
+                "list the events of a device",
+                SELECT,
+                params![device.as_str(), limit],
+            )
+            .await?;
         rows.iter()
             .map(|row| {
                 Ok(EventRow {

@@ -19,14 +19,29 @@ impl Db {
         const INSERT: &str = "INSERT INTO files (file_id, size, created_at_ms) VALUES ($1, $2, $3) ON CONFLICT (file_id) DO NOTHING";
         let mut tx = self.begin().await?;
         let now = tx.now();
-        tx.execute("add a file", INSERT, params![file_id.to_string(), size, now]).await?;
+        tx.execute(
+            "add a file",
+            INSERT,
+            params![file_id.to_string(), size, now],
+        )
+        .await?;
         tx.commit().await
     }
 
     /// The file's row; None for one that was never added.
     pub async fn file(&self, file_id: &FileId) -> Result<Option<FileRow>, DbError> {
         const SELECT: &str = "SELECT size, created_at_ms FROM files WHERE file_id = $1";
-        let row = self.reader().row("look up a file", SELECT, params![file_id.to_string()]).await?;
-        row.map(|row| Ok(FileRow { file_id: *file_id, size: row.u64("size")?, created_at: row.time("created_at_ms")? })).transpose()
+        let row = self
+            .reader()
+            .row("look up a file", SELECT, params![file_id.to_string()])
+            .await?;
+        row.map(|row| {
+            Ok(FileRow {
+                file_id: *file_id,
+                size: row.u64("size")?,
+                created_at: row.time("created_at_ms")?,
+            })
+        })
+        .transpose()
     }
 }

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use fwpush_keys::id::NodeId;
 
-use super::{DbError, engine::{Tx, params}};
+use super::{
+    DbError,
+    engine::{Tx, params},
+};
 
 /// One life of one node's process.
 #[derive(Clone, Debug)]
@@ -19,7 +22,10 @@ pub struct LeaseHolder {
 impl LeaseHolder {
     /// A new life of `node`. Leases of its earlier lives are its own: it need not wait for them to run out.
     pub fn new(node: NodeId) -> Self {
-        Self { node, incarnation: uuid::Uuid::new_v4().simple().to_string() }
+        Self {
+            node,
+            incarnation: uuid::Uuid::new_v4().simple().to_string(),
+        }
     }
 }
 
@@ -31,7 +37,12 @@ pub struct Lease {
 }
 
 /// Takes or prolongs the lease `name` for `life`. None: another node holds it.
-pub(crate) async fn hold(tx: &mut Tx, name: &str, holder: &LeaseHolder, life: Duration) -> Result<Option<Lease>, DbError> {
+pub(crate) async fn hold(
+    tx: &mut Tx,
+    name: &str,
+    holder: &LeaseHolder,
+    life: Duration,
+) -> Result<Option<Lease>, DbError> {
     const HOLD: &str = "INSERT INTO leases (name, owner, incarnation, token, expires_at_ms) VALUES ($1, $2, $3, 1, $5) \
         ON CONFLICT (name) DO UPDATE SET \
             owner = excluded.owner, incarnation = excluded.incarnation, expires_at_ms = excluded.expires_at_ms, \
@@ -40,12 +51,29 @@ pub(crate) async fn hold(tx: &mut Tx, name: &str, holder: &LeaseHolder, life: Du
         RETURNING token";
     let now = tx.now();
     let expires = now.saturating_add(life);
-    let values = params![name, holder.node.as_str(), holder.incarnation.as_str(), now, expires];
+    let values = params![
+        name,
+        holder.node.as_str(),
+        holder.incarnation.as_str(),
+        now,
+        expires
+    ];
     let row = tx.row("take a lease", HOLD, values).await?;
-    row.map(|row| Ok(Lease { token: row.u64("token")? })).transpose()
+    row.map(|row| {
+        Ok(Lease {
+            token: row.u64("token")?,
+        })
+    })
+    .transpose()
 }
 
 /// Forgets a lease whose work is done for good.
 pub(crate) async fn forget(tx: &mut Tx, name: &str) -> Result<(), DbError> {
-    tx.execute("forget a lease", "DELETE FROM leases WHERE name = $1", params![name]).await.map(|_| ())
+    tx.execute(
+        "forget a lease",
+        "DELETE FROM leases WHERE name = $1",
+        params![name],
+    )
+    .await
+    .map(|_| ())
 }

@@ -27,8 +27,8 @@ use tokio::sync::watch;
 
 pub use devices::{Added, DeviceFilter, DeviceRecord, NewDevice, RunningImage};
 pub use error::DbError;
-pub(crate) use events::{NewEvent, insert as insert_events, prune as prune_events};
 pub use events::EventRow;
+pub(crate) use events::{NewEvent, insert as insert_events, prune as prune_events};
 pub use files::FileRow;
 pub use leases::{Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};
@@ -60,10 +60,25 @@ impl Db {
     pub async fn open(url: &str, dir: &Path) -> Result<Self, DbError> {
         let engine = Engine::open(url, dir).await?;
         schema::migrate(&engine).await?;
-        let stored = engine.rows("read the clock", "SELECT value FROM meta WHERE name = 'clock_ms'", vec![]).await?;
-        let stored = stored.first().map_or(Ok(Timestamp::EPOCH), |row| row.time("value"))?;
-        let inner = Inner { engine, clock: Clock::new(stored), nudges: Nudges::new(), releases: ReleaseCache::default() };
-        Ok(Self { inner: Arc::new(inner) })
+        let stored = engine
+            .rows(
+                "read the clock",
+                "SELECT value FROM meta WHERE name = 'clock_ms'",
+                vec![],
+            )
+            .await?;
+        let stored = stored
+            .first()
+            .map_or(Ok(Timestamp::EPOCH), |row| row.time("value"))?;
+        let inner = Inner {
+            engine,
+            clock: Clock::new(stored),
+            nudges: Nudges::new(),
+            releases: ReleaseCache::default(),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// The database's time. It never runs backwards, also not over a restart.
@@ -84,7 +99,11 @@ impl Db {
 
     /// One small read: fails when the database cannot be used.
     pub async fn check(&self) -> Result<(), DbError> {
-        self.inner.engine.rows("check the database", "SELECT 1 AS one", vec![]).await.map(|_| ())
+        self.inner
+            .engine
+            .rows("check the database", "SELECT 1 AS one", vec![])
+            .await
+            .map(|_| ())
     }
 
     /// Writes a consistent copy into `path`, which must not exist, while everything goes on.

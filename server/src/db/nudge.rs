@@ -20,7 +20,13 @@ struct Inner {
 impl Nudges {
     pub(crate) fn new() -> Self {
         let (changes, _) = watch::channel(0);
-        Self { inner: Arc::new(Inner { driver: Notify::new(), follower: Notify::new(), changes }) }
+        Self {
+            inner: Arc::new(Inner {
+                driver: Notify::new(),
+                follower: Notify::new(),
+                changes,
+            }),
+        }
     }
 
     /// A commit changed rows of a rollout: watchers look at the counts. Where a phase changed the driver plans anew, and where a

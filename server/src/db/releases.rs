@@ -123,7 +123,9 @@ pub enum Published {
     /// Another release of the product and channel has this seq.
     SeqTaken(ReleaseId),
     /// The product and channel have a newer seq.
-    SeqOlder { newest: u64 },
+    SeqOlder {
+        newest: u64,
+    },
     /// Another release of the product and channel has this version.
     VersionTaken(ReleaseId),
     /// A file that the release names was not uploaded.
@@ -163,25 +165,44 @@ impl ReleaseCache {
 
 impl Db {
     /// Publishes a release whose envelope names `files`. All or nothing; see [`Published`].
-    pub async fn insert_release(&self, release: &ReleaseRow, files: &[FileId], actor: &str) -> Result<Published, DbError> {
+    pub async fn insert_release(
+        &self,
+        release: &ReleaseRow,
+        files: &[FileId],
+        actor: &str,
+    ) -> Result<Published, DbError> {
         const PUBLISH: &str = "publish a release";
         const SAME_ID: &str = "SELECT * FROM releases WHERE release_id = $1";
         const RIVALS: &str = "SELECT release_id, seq, version FROM releases \
             WHERE product = $1 AND channel = $2 AND (seq >= $3 OR version = $4) ORDER BY seq DESC";
-        const FILES: &str = "SELECT f.file_id FROM {rows} AS x JOIN files AS f ON f.file_id = x.file_id";
+        const FILES: &str =
+            "SELECT f.file_id FROM {rows} AS x JOIN files AS f ON f.file_id = x.file_id";
         const INSERT: &str = "INSERT INTO releases (release_id, product, channel, version, seq, security_counter, envelope, \
             file_id, size, file_name, image_id, image_size, issued_at_ms, expires_at_ms, published_at_ms, hw, \
             from_min, from_max, min_agent) \
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)";
-        const INSERT_FILES: &str = "INSERT INTO release_files (release_id, file_id) SELECT $2, x.file_id FROM {rows} AS x";
+        const INSERT_FILES: &str =
+            "INSERT INTO release_files (release_id, file_id) SELECT $2, x.file_id FROM {rows} AS x";
 
         let mut tx = self.begin().await?;
-        if let Some(row) = tx.row(PUBLISH, SAME_ID, params![release.release_id.to_string()]).await? {
+        if let Some(row) = tx
+            .row(PUBLISH, SAME_ID, params![release.release_id.to_string()])
+            .await?
+        {
             let held = ReleaseRow::read(&row)?;
-            return Ok(if held.envelope == release.envelope { Published::Same(Arc::new(held)) } else { Published::IdTaken });
+            return Ok(if held.envelope == release.envelope {
+                Published::Same(Arc::new(held))
+            } else {
+                Published::IdTaken
+            });
         }
         let version = release.version.to_string();
-        let values = params![release.product.as_str(), release.channel.as_str(), release.seq, version.as_str()];
+        let values = params![
+            release.product.as_str(),
+            release.channel.as_str(),
+            release.seq,
+            version.as_str()
+        ];
         let rivals = tx.rows(PUBLISH, RIVALS, values).await?;
         for rival in &rivals {
             if rival.u64("seq")? == release.seq {
@@ -192,13 +213,20 @@ impl Db {
             }
         }
         if let Some(newest) = rivals.first() {
-            return Ok(Published::SeqOlder { newest: newest.u64("seq")? });
+            return Ok(Published::SeqOlder {
+                newest: newest.u64("seq")?,
+            });
         }
         let mut files = files.to_vec();
         files.sort_unstable();
         files.dedup();
-        let present = tx.rows_for(PUBLISH, FILES, Rows::column(&["file_id"], &files), vec![]).await?;
-        let present = present.iter().map(|row| row.parse("file_id")).collect::<Result<Vec<FileId>, _>>()?;
+        let present = tx
+            .rows_for(PUBLISH, FILES, Rows::column(&["file_id"], &files), vec![])
+            .await?;
+        let present = present
+            .iter()
+            .map(|row| row.parse("file_id"))
+            .collect::<Result<Vec<FileId>, _>>()?;
         if let Some(missing) = files.iter().find(|file| !present.contains(file)) {
             return Ok(Published::FileMissing(*missing));
         }
@@ -227,9 +255,22 @@ impl Db {
         ];
         tx.execute(PUBLISH, INSERT, values).await?;
         let id = release.release_id.to_string();
-        tx.execute_for(PUBLISH, INSERT_FILES, Rows::column(&["file_id"], &files), params![id]).await?;
-        let details = format!("{} {} in {}, release {}", release.product, release.version, release.channel, release.release_id);
-        insert_events(&mut tx, &[NewEvent::audit(None, "RELEASE_PUBLISHED", details, actor)]).await?;
+        tx.execute_for(
+            PUBLISH,
+            INSERT_FILES,
+            Rows::column(&["file_id"], &files),
+            params![id],
+        )
+        .await?;
+        let details = format!(
+            "{} {} in {}, release {}",
+            release.product, release.version, release.channel, release.release_id
+        );
+        insert_events(
+            &mut tx,
+            &[NewEvent::audit(None, "RELEASE_PUBLISHED", details, actor)],
+        )
+        .await?;
         tx.commit().await?;
         Ok(Published::New)
     }
@@ -239,7 +280,14 @@ impl Db {
         if let Some(held) = self.inner.releases.get(id) {
             return Ok(Some(held));
         }
-        let row = self.reader().row("look up a release", "SELECT * FROM releases WHERE release_id = $1", params![id.to_string()]).await?;
+        let row = self
+            .reader()
+            .row(
+                "look up a release",
+                "SELECT * FROM releases WHERE release_id = $1",
+                params![id.to_string()],
+            )
+            .await?;
         let Some(row) = row else { return Ok(None) };
         let row = Arc::new(ReleaseRow::read(&row)?);
         self.inner.releases.put(&row);
@@ -247,16 +295,29 @@ impl Db {
     }
 
     /// The newest [`limits::RELEASES_LISTED`] releases, newest first; of one product or of all.
-    pub async fn list_releases(&self, product: Option<&Product>) -> Result<Vec<Arc<ReleaseRow>>, DbError> {
+    pub async fn list_releases(
+        &self,
+        product: Option<&Product>,
+    ) -> Result<Vec<Arc<ReleaseRow>>, DbError> {
         const LIST: &str = "SELECT * FROM releases WHERE ($1 IS NULL OR product = $1) ORDER BY published_at_ms DESC, seq DESC LIMIT $2";
-        let values = params![product.map(|product| product.as_str().to_owned()), limits::RELEASES_LISTED];
+        let values = params![
+            product.map(|product| product.as_str().to_owned()),
+            limits::RELEASES_LISTED
+        ];
         let rows = self.reader().rows("list releases", LIST, values).await?;
-        rows.iter().map(|row| ReleaseRow::read(row).map(Arc::new)).collect()
+        rows.iter()
+            .map(|row| ReleaseRow::read(row).map(Arc::new))
+            .collect()
     }
 
     /// Makes exactly `revoked` the revoked releases of `product`, as its newest list says, and has their rollouts ended. Ids of
     /// releases that were never published here are ignored.
-    pub async fn set_revoked(&self, product: &Product, revoked: &[ReleaseId], actor: &str) -> Result<(), DbError> {
+    pub async fn set_revoked(
+        &self,
+        product: &Product,
+        revoked: &[ReleaseId],
+        actor: &str,
+    ) -> Result<(), DbError> {
         const REVOKE: &str = "revoke releases";
         const SET: &str = "UPDATE releases SET revoked = CASE WHEN release_id IN (SELECT x.release_id FROM {rows} AS x) \
             THEN 1 ELSE 0 END WHERE product = $2";
@@ -269,11 +330,21 @@ impl Db {
         if rows.is_empty() {
             tx.execute(REVOKE, CLEAR, params![product.as_str()]).await?;
         } else {
-            tx.execute_for(REVOKE, SET, rows, params![product.as_str()]).await?;
+            tx.execute_for(REVOKE, SET, rows, params![product.as_str()])
+                .await?;
         }
         tx.execute(REVOKE, DRIVE, params![product.as_str()]).await?;
         let details = format!("{product}: {} releases revoked", revoked.len());
-        insert_events(&mut tx, &[NewEvent::audit(None, "REVOCATION_PUBLISHED", details, actor)]).await?;
+        insert_events(
+            &mut tx,
+            &[NewEvent::audit(
+                None,
+                "REVOCATION_PUBLISHED",
+                details,
+                actor,
+            )],
+        )
+        .await?;
         tx.commit().await?;
         self.inner.releases.clear();
         self.nudges().committed(true, true);
@@ -284,7 +355,16 @@ impl Db {
     pub async fn products_of_file(&self, file: &FileId) -> Result<Vec<(Product, bool)>, DbError> {
         const SELECT: &str = "SELECT r.product, MIN(r.revoked) AS revoked FROM release_files AS f \
             JOIN releases AS r ON r.release_id = f.release_id WHERE f.file_id = $1 GROUP BY r.product";
-        let rows = self.reader().rows("look up whose file it is", SELECT, params![file.to_string()]).await?;
-        rows.iter().map(|row| Ok((row.parse("product")?, row.bool("revoked")?))).collect()
+        let rows = self
+            .reader()
+            .rows(
+                "look up whose file it is",
+                SELECT,
+                params![file.to_string()],
+            )
+            .await?;
+        rows.iter()
+            .map(|row| Ok((row.parse("product")?, row.bool("revoked")?)))
+            .collect()
     }
 }

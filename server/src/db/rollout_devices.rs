@@ -52,7 +52,9 @@ fn stored(row: &Row) -> Result<Stored, DbError> {
 
 fn update_row(row: &Row, refs: &Refs) -> Result<UpdateRow, DbError> {
     let rollout_id: RolloutId = row.parse("rollout_id")?;
-    let rollout = refs.get(&rollout_id).ok_or_else(|| DbError::value("rollout_id", "names no rollout"))?;
+    let rollout = refs
+        .get(&rollout_id)
+        .ok_or_else(|| DbError::value("rollout_id", "names no rollout"))?;
     let stored = stored(row)?;
     Ok(UpdateRow {
         rollout: rollout.clone(),
@@ -76,12 +78,28 @@ fn update_row(row: &Row, refs: &Refs) -> Result<UpdateRow, DbError> {
 }
 
 /// The open rows of `devices`, of which each has at most one.
-pub(super) async fn open(db: &Db, on: &mut On<'_>, devices: &[DeviceId]) -> Result<BTreeMap<DeviceId, UpdateRow>, DbError> {
+pub(super) async fn open(
+    db: &Db,
+    on: &mut On<'_>,
+    devices: &[DeviceId],
+) -> Result<BTreeMap<DeviceId, UpdateRow>, DbError> {
     const OPEN: &str = "SELECT r.* FROM {rows} AS x JOIN rollout_devices AS r ON r.device_id = x.device_id AND r.phase < 10";
-    let rows = on.rows_for("load open updates", OPEN, Rows::column(&["device_id"], devices), vec![]).await?;
-    let ids = rows.iter().map(|row| row.parse("rollout_id")).collect::<Result<_, _>>()?;
+    let rows = on
+        .rows_for(
+            "load open updates",
+            OPEN,
+            Rows::column(&["device_id"], devices),
+            vec![],
+        )
+        .await?;
+    let ids = rows
+        .iter()
+        .map(|row| row.parse("rollout_id"))
+        .collect::<Result<_, _>>()?;
     let refs = rollouts::refs(db, on, ids).await?;
-    rows.iter().map(|row| Ok((row.parse("device_id")?, update_row(row, &refs)?))).collect()
+    rows.iter()
+        .map(|row| Ok((row.parse("device_id")?, update_row(row, &refs)?)))
+        .collect()
 }
 
 /// What a device's row in a rollout holds that it may join again or not.
@@ -106,10 +124,15 @@ pub(crate) async fn past(
     if wanted.is_empty() {
         return Ok(BTreeMap::new());
     }
-    let rows = on.rows_for("look up earlier updates", PAST, wanted, vec![]).await?;
+    let rows = on
+        .rows_for("look up earlier updates", PAST, wanted, vec![])
+        .await?;
     rows.iter()
         .map(|row| {
-            let past = Past { stored: stored(row)?, forgotten: row.bool("forgotten")? };
+            let past = Past {
+                stored: stored(row)?,
+                forgotten: row.bool("forgotten")?,
+            };
             Ok(((row.parse("device_id")?, row.parse("rollout_id")?), past))
         })
         .collect()
@@ -140,7 +163,10 @@ const COLUMNS: &[&str] = &[
 fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> Rows {
     let mut values = Rows::of(COLUMNS);
     for (device, row) in rows {
-        let (code, message) = row.error.as_ref().map_or(("", ""), |error| (&error.code, &error.message));
+        let (code, message) = row
+            .error
+            .as_ref()
+            .map_or(("", ""), |error| (&error.code, &error.message));
         values.push(json!([
             row.rollout.rollout_id.to_string(),
             device.as_str(),
@@ -166,62 +192,126 @@ fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> 
 }
 
 /// Updates rows that exist; one that an earlier record left behind becomes the present record's.
-pub(super) async fn update(tx: &mut Tx, rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> Result<(), DbError> {
+pub(super) async fn update(
+    tx: &mut Tx,
+    rows: &[(&DeviceId, &UpdateRow)],
+    rev: impl Fn(&UpdateRow) -> u64,
+) -> Result<(), DbError> {
     const UPDATE: &str = "UPDATE rollout_devices SET wave = x.wave, hash = x.hash, phase = x.phase, generation = x.generation, \
         attempt = x.attempt, rev = COALESCE(x.rev, rollout_devices.rev), report_boot = x.report_boot, \
         report_seq = x.report_seq, bytes_done = x.bytes_done, bytes_total = x.bytes_total, error_code = x.error_code, \
         error_message = x.error_message, deadline_at_ms = x.deadline_at_ms, offered_at_ms = x.offered_at_ms, \
         created_at_ms = x.created_at_ms, updated_at_ms = x.updated_at_ms, forgotten = 0 \
         FROM {rows} AS x WHERE rollout_devices.rollout_id = x.rollout_id AND rollout_devices.device_id = x.device_id";
-    tx.execute_for("save updates of devices", UPDATE, values(rows, rev), vec![]).await.map(|_| ())
+    tx.execute_for("save updates of devices", UPDATE, values(rows, rev), vec![])
+        .await
+        .map(|_| ())
 }
 
 /// Inserts rows of devices that join.
-pub(super) async fn insert(tx: &mut Tx, rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> Result<(), DbError> {
+pub(super) async fn insert(
+    tx: &mut Tx,
+    rows: &[(&DeviceId, &UpdateRow)],
+    rev: impl Fn(&UpdateRow) -> u64,
+) -> Result<(), DbError> {
     const INSERT: &str = "INSERT INTO rollout_devices (rollout_id, device_id, wave, hash, phase, generation, attempt, rev, \
         report_boot, report_seq, bytes_done, bytes_total, error_code, error_message, deadline_at_ms, offered_at_ms, \
         created_at_ms, updated_at_ms) \
         SELECT x.rollout_id, x.device_id, x.wave, x.hash, x.phase, x.generation, x.attempt, COALESCE(x.rev, 0), \
         x.report_boot, x.report_seq, x.bytes_done, x.bytes_total, x.error_code, x.error_message, x.deadline_at_ms, \
         x.offered_at_ms, x.created_at_ms, x.updated_at_ms FROM {rows} AS x";
-    tx.execute_for("add devices to a rollout", INSERT, values(rows, rev), vec![]).await.map(|_| ())
+    tx.execute_for(
+        "add devices to a rollout",
+        INSERT,
+        values(rows, rev),
+        vec![],
+    )
+    .await
+    .map(|_| ())
 }
 
 /// The device's record goes: what it did stays on show, and a later record of the same id may join the same rollouts.
 pub(super) async fn forget(tx: &mut Tx, device: &DeviceId) -> Result<(), DbError> {
     const FORGET: &str = "UPDATE rollout_devices SET forgotten = 1 WHERE device_id = $1";
-    tx.execute("forget a device's updates", FORGET, params![device.as_str()]).await.map(|_| ())
+    tx.execute(
+        "forget a device's updates",
+        FORGET,
+        params![device.as_str()],
+    )
+    .await
+    .map(|_| ())
 }
 
 /// Devices whose wave may open, in the order of their hashes.
-pub(crate) async fn chosen(tx: &mut Tx, rollout: &RolloutId, wave: u32, limit: usize) -> Result<Vec<DeviceId>, DbError> {
+pub(crate) async fn chosen(
+    tx: &mut Tx,
+    rollout: &RolloutId,
+    wave: u32,
+    limit: usize,
+) -> Result<Vec<DeviceId>, DbError> {
     const CHOSEN: &str = "SELECT device_id FROM rollout_devices WHERE rollout_id = $1 AND wave = $2 AND phase = 0 \
         ORDER BY hash, device_id LIMIT $3";
-    let rows = tx.rows("find chosen devices", CHOSEN, params![rollout.to_string(), wave, limit as u64]).await?;
+    let rows = tx
+        .rows(
+            "find chosen devices",
+            CHOSEN,
+            params![rollout.to_string(), wave, limit as u64],
+        )
+        .await?;
     rows.iter().map(|row| row.parse("device_id")).collect()
 }
 
 /// Devices in `phase` whose deadline has passed, the longest overdue first.
-pub(crate) async fn overdue(tx: &mut Tx, rollout: &RolloutId, phase: Phase, limit: usize) -> Result<Vec<DeviceId>, DbError> {
+pub(crate) async fn overdue(
+    tx: &mut Tx,
+    rollout: &RolloutId,
+    phase: Phase,
+    limit: usize,
+) -> Result<Vec<DeviceId>, DbError> {
     const OVERDUE: &str = "SELECT device_id FROM rollout_devices WHERE rollout_id = $1 AND phase = $2 \
         AND deadline_at_ms IS NOT NULL AND deadline_at_ms <= $3 ORDER BY deadline_at_ms LIMIT $4";
-    let values = params![rollout.to_string(), i64::from(phase.as_i32()), tx.now(), limit as u64];
+    let values = params![
+        rollout.to_string(),
+        i64::from(phase.as_i32()),
+        tx.now(),
+        limit as u64
+    ];
     let rows = tx.rows("find overdue devices", OVERDUE, values).await?;
     rows.iter().map(|row| row.parse("device_id")).collect()
 }
 
 /// Devices of an ended rollout that were not told so yet.
-pub(crate) async fn to_take_back(on: &mut On<'_>, rollout: &RolloutId, limit: usize) -> Result<Vec<DeviceId>, DbError> {
+pub(crate) async fn to_take_back(
+    on: &mut On<'_>,
+    rollout: &RolloutId,
+    limit: usize,
+) -> Result<Vec<DeviceId>, DbError> {
     const OPEN: &str = "SELECT r.device_id FROM rollout_devices AS r JOIN devices AS d ON d.device_id = r.device_id \
         WHERE r.rollout_id = $1 AND r.phase < 10 AND (r.phase < 6 OR d.desired_generation = r.generation) LIMIT $2";
-    let rows = on.rows("find devices to take back", OPEN, params![rollout.to_string(), limit as u64]).await?;
+    let rows = on
+        .rows(
+            "find devices to take back",
+            OPEN,
+            params![rollout.to_string(), limit as u64],
+        )
+        .await?;
     rows.iter().map(|row| row.parse("device_id")).collect()
 }
 
 /// Devices that wait for this rollout while they finish an earlier one.
-pub(crate) async fn queued(tx: &mut Tx, rollout: &RolloutId, limit: usize) -> Result<Vec<DeviceId>, DbError> {
+pub(crate) async fn queued(
+    tx: &mut Tx,
+    rollout: &RolloutId,
+    limit: usize,
+) -> Result<Vec<DeviceId>, DbError> {
     const QUEUED: &str = "SELECT device_id FROM devices WHERE next_rollout_id = $1 LIMIT $2";
-    let rows = tx.rows("find queued devices", QUEUED, params![rollout.to_string(), limit as u64]).await?;
+    let rows = tx
+        .rows(
+            "find queued devices",
+            QUEUED,
+            params![rollout.to_string(), limit as u64],
+        )
+        .await?;
     rows.iter().map(|row| row.parse("device_id")).collect()
 }
 
@@ -233,23 +323,38 @@ pub(crate) struct Cursor {
 }
 
 /// Devices whose desired state changed after `cursor`, at most a page, and where that page ends.
-pub(crate) async fn changed_after(on: &mut On<'_>, rollout: &RolloutId, cursor: &Cursor) -> Result<(Vec<DeviceId>, Cursor), DbError> {
+pub(crate) async fn changed_after(
+    on: &mut On<'_>,
+    rollout: &RolloutId,
+    cursor: &Cursor,
+) -> Result<(Vec<DeviceId>, Cursor), DbError> {
     const CHANGED: &str = "SELECT device_id, rev FROM rollout_devices \
         WHERE rollout_id = $1 AND (rev, device_id) > ($2, $3) ORDER BY rev, device_id LIMIT $4";
-    let values = params![rollout.to_string(), cursor.rev, cursor.device.as_str(), limits::FOLLOW_ROWS as u64];
+    let values = params![
+        rollout.to_string(),
+        cursor.rev,
+        cursor.device.as_str(),
+        limits::FOLLOW_ROWS as u64
+    ];
     let rows = on.rows("find what changed", CHANGED, values).await?;
     let mut end = cursor.clone();
     let mut devices = Vec::with_capacity(rows.len());
     for row in &rows {
         let device: DeviceId = row.parse("device_id")?;
-        end = Cursor { rev: row.u64("rev")?, device: device.to_string() };
+        end = Cursor {
+            rev: row.u64("rev")?,
+            device: device.to_string(),
+        };
         devices.push(device);
     }
     Ok((devices, end))
 }
 
 /// The earliest deadline in each phase that has one.
-pub(super) async fn due(on: &mut On<'_>, rollout: &RolloutId) -> Result<Vec<(Phase, Timestamp)>, DbError> {
+pub(super) async fn due(
+    on: &mut On<'_>,
+    rollout: &RolloutId,
+) -> Result<Vec<(Phase, Timestamp)>, DbError> {
     // One step into the index for each phase; GROUP BY would walk all of its rows.
     const DUE: &str = "SELECT x.phase, (SELECT MIN(r.deadline_at_ms) FROM rollout_devices AS r \
         WHERE r.rollout_id = $2 AND r.phase = x.phase AND r.deadline_at_ms IS NOT NULL) AS due FROM {rows} AS x";
@@ -257,7 +362,9 @@ pub(super) async fn due(on: &mut On<'_>, rollout: &RolloutId) -> Result<Vec<(Pha
     for phase in Phase::ALL.into_iter().filter(|phase| phase.is_told()) {
         told.push(json!([phase.as_i32()]));
     }
-    let rows = on.rows_for("read deadlines", DUE, told, params![rollout.to_string()]).await?;
+    let rows = on
+        .rows_for("read deadlines", DUE, told, params![rollout.to_string()])
+        .await?;
     let mut due = Vec::new();
     for row in &rows {
         if let Some(at) = row.opt_time("due")? {
@@ -277,7 +384,9 @@ pub(crate) async fn prune(tx: &mut Tx, before: Timestamp) -> Result<u64, DbError
     let mut left = limits::COMMIT_ROWS as u64;
     for row in tx.rows("find old rollouts", OLD, params![before]).await? {
         let rollout = row.text("rollout_id")?;
-        left -= tx.execute("forget old updates", DELETE, params![rollout, before, left]).await?;
+        left -= tx
+            .execute("forget old updates", DELETE, params![rollout, before, left])
+            .await?;
         if left == 0 {
             break;
         }
@@ -315,7 +424,11 @@ impl Db {
         // What waits for its wave is shown as PENDING too.
         const PENDING: &str = "SELECT * FROM rollout_devices WHERE rollout_id = $1 AND phase IN (0, 1) AND device_id > $2 \
             ORDER BY device_id LIMIT $3";
-        let mut values = params![rollout.to_string(), after.map_or("", DeviceId::as_str), limit.min(limits::PAGE_MAX)];
+        let mut values = params![
+            rollout.to_string(),
+            after.map_or("", DeviceId::as_str),
+            limit.min(limits::PAGE_MAX)
+        ];
         let sql = match phase {
             None => ALL,
             Some(Phase::Chosen | Phase::Pending) => PENDING,
@@ -329,11 +442,18 @@ impl Db {
     }
 
     /// The newest `limit` updates of a device, newest first.
-    pub(crate) async fn updates_of(&self, device: &DeviceId, limit: u32) -> Result<Vec<RolloutDeviceRow>, DbError> {
+    pub(crate) async fn updates_of(
+        &self,
+        device: &DeviceId,
+        limit: u32,
+    ) -> Result<Vec<RolloutDeviceRow>, DbError> {
         const LIST: &str = "SELECT * FROM rollout_devices WHERE device_id = $1 AND forgotten = 0 \
             ORDER BY created_at_ms DESC, rollout_id DESC LIMIT $2";
         let values = params![device.as_str(), limit.min(limits::PAGE_MAX)];
-        let rows = self.reader().rows("list the updates of a device", LIST, values).await?;
+        let rows = self
+            .reader()
+            .rows("list the updates of a device", LIST, values)
+            .await?;
         rows.iter().map(shown).collect()
     }
 }

@@ -58,14 +58,18 @@ macro_rules! select {
 
 impl RolloutRow {
     fn read(row: &Row) -> Result<Self, DbError> {
-        let number = |column| row.i64(column).map(|number| i32::try_from(number).unwrap_or(0));
+        let number = |column| {
+            row.i64(column)
+                .map(|number| i32::try_from(number).unwrap_or(0))
+        };
         let (action, state) = (number("action")?, number("state")?);
         Ok(Self {
             rollout_id: row.parse("rollout_id")?,
             ordinal: row.u64("ordinal")?,
             release_id: row.parse("release_id")?,
             product: row.parse("product")?,
-            action: RolloutAction::from_i32(action).ok_or_else(|| DbError::value("action", action))?,
+            action: RolloutAction::from_i32(action)
+                .ok_or_else(|| DbError::value("action", action))?,
             state: RolloutState::from_i32(state).ok_or_else(|| DbError::value("state", state))?,
             target_all: row.bool("target_all")?,
             enrol_after: row.opt_text("enrol_after")?.map(str::to_owned),
@@ -96,7 +100,11 @@ impl RolloutRow {
 pub(crate) type Refs = BTreeMap<RolloutId, Arc<RolloutRef>>;
 
 /// Such of the rollouts `ids` as exist.
-pub(crate) async fn refs(db: &Db, on: &mut On<'_>, ids: BTreeSet<RolloutId>) -> Result<Refs, DbError> {
+pub(crate) async fn refs(
+    db: &Db,
+    on: &mut On<'_>,
+    ids: BTreeSet<RolloutId>,
+) -> Result<Refs, DbError> {
     let mut refs = Refs::new();
     for row in many(on, &ids.into_iter().collect::<Vec<_>>()).await? {
         refs.insert(row.rollout_id, row.to_ref(db).await?);
@@ -109,14 +117,23 @@ async fn many(on: &mut On<'_>, ids: &[RolloutId]) -> Result<Vec<RolloutRow>, DbE
     if ids.is_empty() {
         return Ok(Vec::new());
     }
-    let rows = on.rows_for("look up rollouts", MANY, Rows::column(&["rollout_id"], ids), vec![]).await?;
+    let rows = on
+        .rows_for(
+            "look up rollouts",
+            MANY,
+            Rows::column(&["rollout_id"], ids),
+            vec![],
+        )
+        .await?;
     rows.iter().map(RolloutRow::read).collect()
 }
 
 /// The rollout; None for an unknown id.
 pub(crate) async fn one(on: &mut On<'_>, id: &RolloutId) -> Result<Option<RolloutRow>, DbError> {
     const ONE: &str = select!("rollouts AS r WHERE r.rollout_id = $1");
-    let row = on.row("look up a rollout", ONE, params![id.to_string()]).await?;
+    let row = on
+        .row("look up a rollout", ONE, params![id.to_string()])
+        .await?;
     row.as_ref().map(RolloutRow::read).transpose()
 }
 
@@ -128,9 +145,21 @@ pub(crate) async fn newest(on: &mut On<'_>, limit: u32) -> Result<Vec<RolloutRow
 }
 
 /// Open rollouts of `product` that a device may join by registering, newest first, at most [`limits::JOINABLE`].
-pub(crate) async fn joinable(db: &Db, on: &mut On<'_>, product: &Product) -> Result<Vec<Arc<RolloutRef>>, DbError> {
-    const JOINABLE: &str = select!("rollouts AS r WHERE r.joinable = 1 AND r.product = $1 ORDER BY r.ordinal DESC LIMIT $2");
-    let rows = on.rows("find open rollouts", JOINABLE, params![product.as_str(), limits::JOINABLE]).await?;
+pub(crate) async fn joinable(
+    db: &Db,
+    on: &mut On<'_>,
+    product: &Product,
+) -> Result<Vec<Arc<RolloutRef>>, DbError> {
+    const JOINABLE: &str = select!(
+        "rollouts AS r WHERE r.joinable = 1 AND r.product = $1 ORDER BY r.ordinal DESC LIMIT $2"
+    );
+    let rows = on
+        .rows(
+            "find open rollouts",
+            JOINABLE,
+            params![product.as_str(), limits::JOINABLE],
+        )
+        .await?;
     let mut open = Vec::with_capacity(rows.len());
     for row in &rows {
         open.push(RolloutRow::read(row)?.to_ref(db).await?);
@@ -156,7 +185,11 @@ pub(crate) async fn insert(tx: &mut Tx, new: &NewRollout<'_>) -> Result<(), DbEr
     const INSERT: &str = "INSERT INTO rollouts (rollout_id, ordinal, release_id, product, channel, action, state, target_all, \
         target_ids, joinable, enrol_after, created_at_ms, created_by, offered_at_ms, updated_at_ms) \
         VALUES ($1, (SELECT COALESCE(MAX(ordinal), 0) + 1 FROM rollouts), $2, $3, $4, $5, $6, $7, $8, $7, '', $9, $10, $9, $9)";
-    let ids = new.target_ids.map(serde_json::to_string).transpose().map_err(|error| DbError::value("target_ids", error))?;
+    let ids = new
+        .target_ids
+        .map(serde_json::to_string)
+        .transpose()
+        .map_err(|error| DbError::value("target_ids", error))?;
     let now = tx.now();
     let values = params![
         new.rollout_id.to_string(),
@@ -170,33 +203,62 @@ pub(crate) async fn insert(tx: &mut Tx, new: &NewRollout<'_>) -> Result<(), DbEr
         now,
         new.actor,
     ];
-    tx.execute("start a rollout", INSERT, values).await.map(|_| ())
+    tx.execute("start a rollout", INSERT, values)
+        .await
+        .map(|_| ())
 }
 
 /// The ids that the rollout was started for, ascending; None where it targets all.
-pub(crate) async fn target_ids(on: &mut On<'_>, id: &RolloutId) -> Result<Option<Vec<DeviceId>>, DbError> {
-    const IDS: &str = "SELECT target_ids FROM rollouts WHERE rollout_id = $1 AND target_ids IS NOT NULL";
-    let row = on.row("read a rollout's targets", IDS, params![id.to_string()]).await?;
+pub(crate) async fn target_ids(
+    on: &mut On<'_>,
+    id: &RolloutId,
+) -> Result<Option<Vec<DeviceId>>, DbError> {
+    const IDS: &str =
+        "SELECT target_ids FROM rollouts WHERE rollout_id = $1 AND target_ids IS NOT NULL";
+    let row = on
+        .row("read a rollout's targets", IDS, params![id.to_string()])
+        .await?;
     row.map(|row| row.json("target_ids")).transpose()
 }
 
 /// Notes that devices up to `to` were looked at (None: all were), if they were looked at up to `from` before and the rollout is
 /// open. False: another has gone on meanwhile, or it has ended; nothing was changed.
-pub(crate) async fn enrolled(tx: &mut Tx, id: &RolloutId, from: &str, to: Option<&str>) -> Result<bool, DbError> {
+pub(crate) async fn enrolled(
+    tx: &mut Tx,
+    id: &RolloutId,
+    from: &str,
+    to: Option<&str>,
+) -> Result<bool, DbError> {
     const ENROLLED: &str = "UPDATE rollouts SET enrol_after = $3, driven = 1, updated_at_ms = $4 \
         WHERE rollout_id = $1 AND enrol_after = $2 AND state IN (1, 2)";
     let values = params![id.to_string(), from, to.map(str::to_owned), tx.now()];
-    Ok(tx.execute("go on choosing devices", ENROLLED, values).await? == 1)
+    Ok(tx
+        .execute("go on choosing devices", ENROLLED, values)
+        .await?
+        == 1)
 }
 
 /// Closes older rollouts to newcomers whom the new rollout `id` serves just as well.
 pub(crate) async fn close_to_newcomers(tx: &mut Tx, older: &[RolloutId]) -> Result<(), DbError> {
     const CLOSE: &str = "UPDATE rollouts SET joinable = 0 FROM {rows} AS x WHERE rollouts.rollout_id = x.rollout_id";
-    tx.execute_for("close rollouts to newcomers", CLOSE, Rows::column(&["rollout_id"], older), vec![]).await.map(|_| ())
+    tx.execute_for(
+        "close rollouts to newcomers",
+        CLOSE,
+        Rows::column(&["rollout_id"], older),
+        vec![],
+    )
+    .await
+    .map(|_| ())
 }
 
 /// Changes the state of an open rollout; ended ones are joined by nobody any more. False: it was not in one of `from`.
-pub(crate) async fn set_state(tx: &mut Tx, id: &RolloutId, from: &[RolloutState], to: RolloutState, why: &str) -> Result<bool, DbError> {
+pub(crate) async fn set_state(
+    tx: &mut Tx,
+    id: &RolloutId,
+    from: &[RolloutState],
+    to: RolloutState,
+    why: &str,
+) -> Result<bool, DbError> {
     const OPEN: &str = "UPDATE rollouts SET state = $2, ended_at_ms = $3, ended_why = $4, updated_at_ms = $5, driven = 1 \
         WHERE rollout_id = $1 AND (state = $6 OR state = $7)";
     const ENDED: &str = "UPDATE rollouts SET state = $2, ended_at_ms = $3, ended_why = $4, updated_at_ms = $5, driven = 1, \
@@ -217,7 +279,11 @@ pub(crate) async fn set_state(tx: &mut Tx, id: &RolloutId, from: &[RolloutState]
 }
 
 /// Ends an open rollout for `reason`.
-pub(crate) async fn abort(tx: &mut Tx, id: &RolloutId, reason: AbortReason) -> Result<bool, DbError> {
+pub(crate) async fn abort(
+    tx: &mut Tx,
+    id: &RolloutId,
+    reason: AbortReason,
+) -> Result<bool, DbError> {
     let from = [RolloutState::Active, RolloutState::Complete];
     set_state(tx, id, &from, RolloutState::Aborted, &reason.to_string()).await
 }
@@ -225,35 +291,58 @@ pub(crate) async fn abort(tx: &mut Tx, id: &RolloutId, reason: AbortReason) -> R
 /// The driver need not look at the rollout until one of its rows changes.
 pub(crate) async fn settle(tx: &mut Tx, id: &RolloutId) -> Result<(), DbError> {
     const SETTLE: &str = "UPDATE rollouts SET driven = 0 WHERE rollout_id = $1";
-    tx.execute("settle a rollout", SETTLE, params![id.to_string()]).await.map(|_| ())
+    tx.execute("settle a rollout", SETTLE, params![id.to_string()])
+        .await
+        .map(|_| ())
 }
 
 /// Rollouts that the driver has to look at, oldest first, after the one with `ordinal`; at most a page.
 pub(crate) async fn driven(on: &mut On<'_>, after: u64) -> Result<Vec<(u64, RolloutId)>, DbError> {
     const DRIVEN: &str = "SELECT ordinal, rollout_id FROM rollouts WHERE driven = 1 AND ordinal > $1 ORDER BY ordinal LIMIT $2";
-    let rows = on.rows("find rollouts to drive", DRIVEN, params![after, limits::ROLLOUTS_PER_PAGE]).await?;
-    rows.iter().map(|row| Ok((row.u64("ordinal")?, row.parse("rollout_id")?))).collect()
+    let rows = on
+        .rows(
+            "find rollouts to drive",
+            DRIVEN,
+            params![after, limits::ROLLOUTS_PER_PAGE],
+        )
+        .await?;
+    rows.iter()
+        .map(|row| Ok((row.u64("ordinal")?, row.parse("rollout_id")?)))
+        .collect()
 }
 
 /// Rollouts that changed at or after `since`, with their revisions.
-pub(crate) async fn revs_since(on: &mut On<'_>, since: Timestamp) -> Result<Vec<(RolloutId, u64)>, DbError> {
+pub(crate) async fn revs_since(
+    on: &mut On<'_>,
+    since: Timestamp,
+) -> Result<Vec<(RolloutId, u64)>, DbError> {
     const REVS: &str = "SELECT rollout_id, rev FROM rollouts WHERE updated_at_ms >= $1";
     let rows = on.rows("read revisions", REVS, params![since]).await?;
-    rows.iter().map(|row| Ok((row.parse("rollout_id")?, row.u64("rev")?))).collect()
+    rows.iter()
+        .map(|row| Ok((row.parse("rollout_id")?, row.u64("rev")?)))
+        .collect()
 }
 
 /// What the planner needs to see of a rollout.
 pub(crate) async fn observe(on: &mut On<'_>, row: &RolloutRow) -> Result<Observed, DbError> {
-    let mut observed = counted(on, std::slice::from_ref(row)).await?.pop().unwrap_or_default();
+    let mut observed = counted(on, std::slice::from_ref(row))
+        .await?
+        .pop()
+        .unwrap_or_default();
     observed.due = rollout_devices::due(on, &row.rollout_id).await?;
     if !row.state.is_open() {
-        observed.to_take_back = !rollout_devices::to_take_back(on, &row.rollout_id, 1).await?.is_empty();
+        observed.to_take_back = !rollout_devices::to_take_back(on, &row.rollout_id, 1)
+            .await?
+            .is_empty();
     }
     Ok(observed)
 }
 
 /// The counts of each of `rows`, without deadlines.
-pub(crate) async fn counted(on: &mut On<'_>, rows: &[RolloutRow]) -> Result<Vec<Observed>, DbError> {
+pub(crate) async fn counted(
+    on: &mut On<'_>,
+    rows: &[RolloutRow],
+) -> Result<Vec<Observed>, DbError> {
     let ids: Vec<RolloutId> = rows.iter().map(|row| row.rollout_id).collect();
     let mut counts: BTreeMap<RolloutId, Vec<WaveSeen>> = counters::of(on, &ids).await?;
     let observed = |row: &RolloutRow| Observed {

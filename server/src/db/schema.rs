@@ -3,7 +3,11 @@
 //! A release that needs more of the schema adds it (expand); what nothing reads any more goes a release later (contract). The
 //! table `schema` names, beside each step, the oldest binary that still works with it: an older one refuses to start.
 
-use super::{DbError, clock::Clock, engine::{Engine, params}};
+use super::{
+    DbError,
+    clock::Clock,
+    engine::{Engine, params},
+};
 
 /// One step of the schema.
 #[derive(Debug)]
@@ -14,8 +18,11 @@ struct Migration {
     sqlite: &'static str,
 }
 
-const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, oldest_binary: 1, sqlite: include_str!("../../migrations/sqlite/0001_initial.sql") }];
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    oldest_binary: 1,
+    sqlite: include_str!("../../migrations/sqlite/0001_initial.sql"),
+}];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.
 pub(super) async fn migrate(engine: &Engine) -> Result<(), DbError> {
@@ -36,16 +43,31 @@ async fn migrate_with(engine: &Engine, migrations: &[Migration]) -> Result<(), D
         None => (0, 0),
     };
     if oldest > ours {
-        return Err(DbError::NewerSchema { found, oldest, ours });
+        return Err(DbError::NewerSchema {
+            found,
+            oldest,
+            ours,
+        });
     }
-    for migration in migrations.iter().filter(|migration| migration.version > found) {
+    for migration in migrations
+        .iter()
+        .filter(|migration| migration.version > found)
+    {
         match engine {
             Engine::Sqlite { .. } => tx.script(MIGRATE, migration.sqlite).await?,
         }
         let done = "INSERT INTO schema (version, oldest_binary, applied_at_ms) VALUES ($1, $2, $3)";
         let now = tx.now();
-        tx.execute(MIGRATE, done, params![migration.version, migration.oldest_binary, now]).await?;
-        tracing::info!(version = migration.version, "The database schema was extended.");
+        tx.execute(
+            MIGRATE,
+            done,
+            params![migration.version, migration.oldest_binary, now],
+        )
+        .await?;
+        tracing::info!(
+            version = migration.version,
+            "The database schema was extended."
+        );
     }
     tx.commit_as_is().await
 }
@@ -55,19 +77,44 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_database_that_a_newer_binary_extended_opens_and_one_that_it_closed_to_us_is_refused() {
+    async fn a_database_that_a_newer_binary_extended_opens_and_one_that_it_closed_to_us_is_refused()
+    {
         let dir = tempfile::tempdir().unwrap();
         let engine = Engine::open("sqlite:test.db", dir.path()).await.unwrap();
         migrate(&engine).await.unwrap();
         migrate(&engine).await.unwrap();
-        let newer = |oldest_binary| Migration { version: 2, oldest_binary, sqlite: "CREATE TABLE later (a INTEGER) STRICT" };
-        let first = || Migration { version: 1, oldest_binary: 1, sqlite: "" };
+        let newer = |oldest_binary| Migration {
+            version: 2,
+            oldest_binary,
+            sqlite: "CREATE TABLE later (a INTEGER) STRICT",
+        };
+        let first = || Migration {
+            version: 1,
+            oldest_binary: 1,
+            sqlite: "",
+        };
         migrate_with(&engine, &[first(), newer(1)]).await.unwrap();
         migrate(&engine).await.unwrap();
-        let contract = Migration { version: 3, oldest_binary: 3, sqlite: "DROP TABLE later" };
-        migrate_with(&engine, &[first(), newer(1), contract]).await.unwrap();
+        let contract = Migration {
+            version: 3,
+            oldest_binary: 3,
+            sqlite: "DROP TABLE later",
+        };
+        migrate_with(&engine, &[first(), newer(1), contract])
+            .await
+            .unwrap();
         let refused = migrate(&engine).await.unwrap_err();
-        assert!(matches!(refused, DbError::NewerSchema { found: 3, oldest: 3, ours: 1 }), "{refused}");
+        assert!(
+            matches!(
+                refused,
+                DbError::NewerSchema {
+                    found: 3,
+                    oldest: 3,
+                    ours: 1
+                }
+            ),
+            "{refused}"
+        );
     }
 
     #[tokio::test]
@@ -75,10 +122,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = Engine::open("sqlite:test.db", dir.path()).await.unwrap();
         migrate(&engine).await.unwrap();
-        let first = || Migration { version: 1, oldest_binary: 1, sqlite: "" };
-        let broken = Migration { version: 2, oldest_binary: 1, sqlite: "CREATE TABLE half (a INTEGER) STRICT; NONSENSE" };
+        let first = || Migration {
+            version: 1,
+            oldest_binary: 1,
+            sqlite: "",
+        };
+        let broken = Migration {
+            version: 2,
+            oldest_binary: 1,
+            sqlite: "CREATE TABLE half (a INTEGER) STRICT; NONSENSE",
+        };
         migrate_with(&engine, &[first(), broken]).await.unwrap_err();
-        let left = engine.rows("look", "SELECT name FROM sqlite_master WHERE name = 'half'", vec![]).await.unwrap();
+        let left = engine
+            .rows(
+                "look",
+                "SELECT name FROM sqlite_master WHERE name = 'half'",
+                vec![],
+            )
+            .await
+            .unwrap();
         assert!(left.is_empty());
     }
 }

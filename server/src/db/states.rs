@@ -17,10 +17,16 @@ use super::{
 use crate::desired::state::{DeviceState, UpdateRow};
 
 /// Loads `devices`, in the order of their ids. Unknown ones are left out.
-pub(crate) async fn load(db: &Db, on: &mut On<'_>, devices: &[DeviceId]) -> Result<Vec<DeviceState>, DbError> {
+pub(crate) async fn load(
+    db: &Db,
+    on: &mut On<'_>,
+    devices: &[DeviceId],
+) -> Result<Vec<DeviceState>, DbError> {
     const LOAD: &str = "load devices";
     const DEVICES: &str = "SELECT d.* FROM {rows} AS x JOIN devices AS d ON d.device_id = x.device_id ORDER BY d.device_id";
-    let found = on.rows_for(LOAD, DEVICES, Rows::column(&["device_id"], devices), vec![]).await?;
+    let found = on
+        .rows_for(LOAD, DEVICES, Rows::column(&["device_id"], devices), vec![])
+        .await?;
     let mut open = rollout_devices::open(db, on, devices).await?;
     found
         .iter()
@@ -62,7 +68,10 @@ struct Change {
 
 /// Saves what changed of `states`; the rest costs nothing.
 pub(crate) async fn save(tx: &mut Tx, states: Vec<DeviceState>) -> Result<Saved, DbError> {
-    let (mut changes, mut counts) = (BTreeMap::<RolloutId, Change>::new(), counters::Deltas::new());
+    let (mut changes, mut counts) = (
+        BTreeMap::<RolloutId, Change>::new(),
+        counters::Deltas::new(),
+    );
     for state in &states {
         if state.record.next_rollout != state.stored_next {
             if let Some(left) = state.stored_next {
@@ -81,7 +90,8 @@ pub(crate) async fn save(tx: &mut Tx, states: Vec<DeviceState>) -> Result<Saved,
     }
     let saved = Saved {
         rows: !changes.is_empty(),
-        phases: counts.values().any(|delta| *delta != 0) || changes.values().any(|change| change.queued != 0),
+        phases: counts.values().any(|delta| *delta != 0)
+            || changes.values().any(|change| change.queued != 0),
         announced: changes.values().any(|change| change.announce),
     };
     // The rollouts first: in a cluster this serialises the writers of one rollout.
@@ -89,8 +99,12 @@ pub(crate) async fn save(tx: &mut Tx, states: Vec<DeviceState>) -> Result<Saved,
     save_devices(tx, &states).await?;
     let rev = |row: &UpdateRow| revs.get(&row.rollout.rollout_id).copied().unwrap_or(0);
     // Ended rows before new ones: a device has at most one that is open.
-    let old: Vec<(&DeviceId, &UpdateRow)> = changed(&states).filter(|(_, row)| row.stored.is_some()).collect();
-    let new: Vec<(&DeviceId, &UpdateRow)> = changed(&states).filter(|(_, row)| row.stored.is_none()).collect();
+    let old: Vec<(&DeviceId, &UpdateRow)> = changed(&states)
+        .filter(|(_, row)| row.stored.is_some())
+        .collect();
+    let new: Vec<(&DeviceId, &UpdateRow)> = changed(&states)
+        .filter(|(_, row)| row.stored.is_none())
+        .collect();
     rollout_devices::update(tx, &old, rev).await?;
     rollout_devices::insert(tx, &new, rev).await?;
     counters::add(tx, &counts).await?;
@@ -100,28 +114,41 @@ pub(crate) async fn save(tx: &mut Tx, states: Vec<DeviceState>) -> Result<Saved,
 }
 
 fn changed_rows(state: &DeviceState) -> impl Iterator<Item = &UpdateRow> {
-    state.ended.iter().chain(&state.row).filter(|row| row.changed)
+    state
+        .ended
+        .iter()
+        .chain(&state.row)
+        .filter(|row| row.changed)
 }
 
 fn changed(states: &[DeviceState]) -> impl Iterator<Item = (&DeviceId, &UpdateRow)> {
-    states.iter().flat_map(|state| changed_rows(state).map(|row| (&state.record.client_id, row)))
+    states
+        .iter()
+        .flat_map(|state| changed_rows(state).map(|row| (&state.record.client_id, row)))
 }
 
 /// Adds the difference between a row and what is stored of it.
 fn count(change: &mut Change, counts: &mut counters::Deltas, row: &UpdateRow) {
     let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
     if let Some(stored) = row.stored {
-        *counts.entry((row.rollout.rollout_id, stored.wave, stored.phase)).or_default() -= 1;
+        *counts
+            .entry((row.rollout.rollout_id, stored.wave, stored.phase))
+            .or_default() -= 1;
         change.bytes_done -= signed(stored.bytes_done);
         change.bytes_total -= signed(stored.bytes_total);
     }
-    *counts.entry((row.rollout.rollout_id, row.wave, row.phase)).or_default() += 1;
+    *counts
+        .entry((row.rollout.rollout_id, row.wave, row.phase))
+        .or_default() += 1;
     change.bytes_done += signed(row.bytes_done);
     change.bytes_total += signed(row.bytes_total);
 }
 
 /// Brings the rollouts' own rows up to date and has the driver look at them; gives the revision to stamp on their devices.
-async fn touch(tx: &mut Tx, changes: &BTreeMap<RolloutId, Change>) -> Result<BTreeMap<RolloutId, u64>, DbError> {
+async fn touch(
+    tx: &mut Tx,
+    changes: &BTreeMap<RolloutId, Change>,
+) -> Result<BTreeMap<RolloutId, u64>, DbError> {
     const TOUCH: &str = "UPDATE rollouts SET rev = rollouts.rev + x.announce, \
         offered_at_ms = CASE WHEN x.offered = 1 THEN $2 ELSE rollouts.offered_at_ms END, \
         bytes_done = rollouts.bytes_done + x.bytes_done, bytes_total = rollouts.bytes_total + x.bytes_total, \
@@ -131,7 +158,14 @@ async fn touch(tx: &mut Tx, changes: &BTreeMap<RolloutId, Change>) -> Result<BTr
     if changes.is_empty() {
         return Ok(BTreeMap::new());
     }
-    let mut rows = Rows::of(&["rollout_id", "announce", "offered", "bytes_done", "bytes_total", "queued"]);
+    let mut rows = Rows::of(&[
+        "rollout_id",
+        "announce",
+        "offered",
+        "bytes_done",
+        "bytes_total",
+        "queued",
+    ]);
     for (rollout, change) in changes {
         rows.push(json!([
             rollout.to_string(),
@@ -143,8 +177,13 @@ async fn touch(tx: &mut Tx, changes: &BTreeMap<RolloutId, Change>) -> Result<BTr
         ]));
     }
     let now = tx.now();
-    let touched = tx.rows_for("bring rollouts up to date", TOUCH, rows, params![now]).await?;
-    touched.iter().map(|row| Ok((row.parse("rollout_id")?, row.u64("rev")?))).collect()
+    let touched = tx
+        .rows_for("bring rollouts up to date", TOUCH, rows, params![now])
+        .await?;
+    touched
+        .iter()
+        .map(|row| Ok((row.parse("rollout_id")?, row.u64("rev")?)))
+        .collect()
 }
 
 async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError> {
@@ -170,7 +209,13 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
         "slot",
         "confirmed",
     ]);
-    let mut desired = Rows::of(&["device_id", "generation", "action", "rollout_id", "next_rollout_id"]);
+    let mut desired = Rows::of(&[
+        "device_id",
+        "generation",
+        "action",
+        "rollout_id",
+        "next_rollout_id",
+    ]);
     for state in states {
         let record = &state.record;
         if state.facts_changed {
@@ -200,7 +245,9 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
             ]));
         }
     }
-    tx.execute_for("save what devices say", FACTS, facts, vec![]).await?;
-    tx.execute_for("save what devices should do", DESIRED, desired, vec![]).await?;
+    tx.execute_for("save what devices say", FACTS, facts, vec![])
+        .await?;
+    tx.execute_for("save what devices should do", DESIRED, desired, vec![])
+        .await?;
     Ok(())
 }

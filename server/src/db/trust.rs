@@ -40,7 +40,12 @@ impl Db {
     /// Envelopes of all documents of a kind, oldest first.
     pub async fn trust_documents(&self, kind: TrustKind) -> Result<Vec<Vec<u8>>, DbError> {
         const SELECT: &str = "SELECT envelope FROM trust_documents WHERE kind = $1 ORDER BY product, root_version, version";
-        let rows = self.reader().rows("read the trust documents", SELECT, params![kind.as_str()]).await?;
-        rows.iter().map(|row| Ok(row.bytes("envelope")?.to_vec())).collect()
+        let rows = self
+            .reader()
+            .rows("read the trust documents", SELECT, params![kind.as_str()])
+            .await?;
+        rows.iter()
+            .map(|row| Ok(row.bytes("envelope")?.to_vec()))
+            .collect()
     }
 }

@@ -35,19 +35,26 @@ pub enum InvalidFacts {
     #[error("{field} is missing")]
     Missing { field: &'static str },
     #[error("{field}: {problem}")]
-    Invalid { field: &'static str, problem: String },
+    Invalid {
+        field: &'static str,
+        problem: String,
+    },
     #[error("{field}: more than {most}")]
     TooMuch { field: &'static str, most: u64 },
 }
 
 fn invalid(field: &'static str, problem: impl ToString) -> InvalidFacts {
-    InvalidFacts::Invalid { field, problem: problem.to_string() }
+    InvalidFacts::Invalid {
+        field,
+        problem: problem.to_string(),
+    }
 }
 
 impl Facts {
     /// Checks every bound of the message; the device's ids are only compared with its record later.
     pub fn parse(facts: &v1::DeviceFacts) -> Result<Self, InvalidFacts> {
-        let id = |field, result: Result<(), InvalidId>| result.map_err(|error| invalid(field, error));
+        let id =
+            |field, result: Result<(), InvalidId>| result.map_err(|error| invalid(field, error));
         id("product", facts.product.parse::<Product>().map(|_| ()))?;
         id("hw_id", facts.hw_id.parse::<HwId>().map(|_| ()))?;
         at_most("channels", facts.channels.len(), limits::CHANNELS)?;
@@ -55,21 +62,36 @@ impl Facts {
             id("channels", channel.parse::<Channel>().map(|_| ()))?;
         }
         at_most("attributes", facts.attributes.len(), limits::ATTRIBUTES)?;
-        let attribute_bytes = facts.attributes.iter().map(|(key, value)| key.len() + value.len()).sum();
+        let attribute_bytes = facts
+            .attributes
+            .iter()
+            .map(|(key, value)| key.len() + value.len())
+            .sum();
         at_most("attributes", attribute_bytes, limits::ATTRIBUTE_BYTES)?;
         let state_id = &facts.state_id;
-        if state_id.len() != 32 || !state_id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
+        if state_id.len() != 32
+            || !state_id
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        {
             return Err(invalid("state_id", "wanted 32 lower-case hex digits"));
         }
         at_most("boot_id", facts.boot_id.len(), limits::BOOT_ID_BYTES)?;
-        let current = facts.current.as_ref().ok_or(InvalidFacts::Missing { field: "current" })?;
+        let current = facts
+            .current
+            .as_ref()
+            .ok_or(InvalidFacts::Missing { field: "current" })?;
         Ok(Self {
             state_id: state_id.clone(),
             product: facts.product.clone(),
             hw_id: facts.hw_id.clone(),
             hw_rev: facts.hw_rev,
             channels: facts.channels.clone(),
-            attributes: facts.attributes.iter().map(|(key, value)| (key.clone(), value.clone())).collect(),
+            attributes: facts
+                .attributes
+                .iter()
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect(),
             agent_version: version("agent_version", &facts.agent_version)?,
             current: running("current", current)?,
             observed_generation: number("observed_generation", facts.observed_generation)?,
@@ -81,7 +103,10 @@ impl Facts {
 }
 
 /// A running image as a device reports it, checked like the rest.
-pub fn running(field: &'static str, image: &v1::RunningImage) -> Result<RunningImage, InvalidFacts> {
+pub fn running(
+    field: &'static str,
+    image: &v1::RunningImage,
+) -> Result<RunningImage, InvalidFacts> {
     let release_id: Option<ReleaseId> = match image.release_id.as_str() {
         "" => None,
         id => Some(id.parse().map_err(|error| invalid(field, error))?),
@@ -101,7 +126,10 @@ pub fn running(field: &'static str, image: &v1::RunningImage) -> Result<RunningI
 /// A number that every part of the system can hold.
 pub fn number(field: &'static str, number: u64) -> Result<u64, InvalidFacts> {
     if number > limits::NUMBER {
-        return Err(InvalidFacts::TooMuch { field, most: limits::NUMBER });
+        return Err(InvalidFacts::TooMuch {
+            field,
+            most: limits::NUMBER,
+        });
     }
     Ok(number)
 }
@@ -114,7 +142,10 @@ fn version(field: &'static str, text: &str) -> Result<String, InvalidFacts> {
 
 fn at_most(field: &'static str, found: usize, most: usize) -> Result<(), InvalidFacts> {
     if found > most {
-        return Err(InvalidFacts::TooMuch { field, most: most as u64 });
+        return Err(InvalidFacts::TooMuch {
+            field,
+            most: most as u64,
+        });
     }
     Ok(())
 }

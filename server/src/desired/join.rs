@@ -27,23 +27,35 @@ use crate::{
 /// that the device was part of, or has no need of, hides all older ones.
 pub(crate) async fn join(db: &Db, tx: &mut Tx, states: &mut [DeviceState]) -> Result<(), DbError> {
     let now = tx.now();
-    let mut next: Vec<&mut DeviceState> =
-        states.iter_mut().filter(|state| state.row.is_none() && state.joins >= Joins::Queued).collect();
+    let mut next: Vec<&mut DeviceState> = states
+        .iter_mut()
+        .filter(|state| state.row.is_none() && state.joins >= Joins::Queued)
+        .collect();
     if next.is_empty() {
         return Ok(());
     }
-    let queued: BTreeSet<RolloutId> = next.iter().filter_map(|state| state.record.next_rollout).collect();
+    let queued: BTreeSet<RolloutId> = next
+        .iter()
+        .filter_map(|state| state.record.next_rollout)
+        .collect();
     let queued = rollouts::refs(db, &mut On::Tx(tx), queued).await?;
     let open = Open::load(db, &mut On::Tx(tx), next.iter().map(|state| &**state)).await?;
     let pairs = next.iter().flat_map(|state| {
         let device = &state.record.client_id;
-        let all = open.candidates(state).iter().map(|rollout| rollout.rollout_id);
-        all.chain(state.record.next_rollout).map(|rollout| (device.clone(), rollout)).collect::<Vec<_>>()
+        let all = open
+            .candidates(state)
+            .iter()
+            .map(|rollout| rollout.rollout_id);
+        all.chain(state.record.next_rollout)
+            .map(|rollout| (device.clone(), rollout))
+            .collect::<Vec<_>>()
     });
     let past = rollout_devices::past(&mut On::Tx(tx), pairs).await?;
     for state in &mut next {
         let waiting_for = state.record.next_rollout.take();
-        let queued = waiting_for.and_then(|id| queued.get(&id)).filter(|rollout| rollout.state.is_open());
+        let queued = waiting_for
+            .and_then(|id| queued.get(&id))
+            .filter(|rollout| rollout.state.is_open());
         let choice = match queued.filter(|rollout| fits(state, rollout, &past, now)) {
             Some(rollout) => Some(rollout),
             None => open.choose(state, &past, now),
@@ -56,18 +68,30 @@ pub(crate) async fn join(db: &Db, tx: &mut Tx, states: &mut [DeviceState]) -> Re
 }
 
 /// Whether [`join`] would let this device in: the same question without a transaction.
-pub(crate) async fn would_join(db: &Db, state: &DeviceState, now: Timestamp) -> Result<bool, DbError> {
+pub(crate) async fn would_join(
+    db: &Db,
+    state: &DeviceState,
+    now: Timestamp,
+) -> Result<bool, DbError> {
     if state.record.next_rollout.is_some() {
         return Ok(true);
     }
     let open = Open::load(db, &mut db.reader(), std::iter::once(state)).await?;
-    let pairs = open.candidates(state).iter().map(|rollout| (state.record.client_id.clone(), rollout.rollout_id));
+    let pairs = open
+        .candidates(state)
+        .iter()
+        .map(|rollout| (state.record.client_id.clone(), rollout.rollout_id));
     let past = rollout_devices::past(&mut db.reader(), pairs).await?;
     Ok(open.choose(state, &past, now).is_some())
 }
 
 /// Puts the device into `rollout`, whose only wave is open.
-pub(crate) fn enter(state: &mut DeviceState, rollout: &Arc<RolloutRef>, past: &Pasts, now: Timestamp) {
+pub(crate) fn enter(
+    state: &mut DeviceState,
+    rollout: &Arc<RolloutRef>,
+    past: &Pasts,
+    now: Timestamp,
+) {
     let key = (state.record.client_id.clone(), rollout.rollout_id);
     state.choose(rollout, past.get(&key).map(|past| past.stored), now);
     state.open(now);
@@ -94,9 +118,15 @@ struct Open {
 }
 
 impl Open {
-    async fn load(db: &Db, on: &mut On<'_>, states: impl Iterator<Item = &DeviceState>) -> Result<Self, DbError> {
-        let products: BTreeSet<Product> =
-            states.filter(|state| state.joins == Joins::Any).map(|state| state.record.product.clone()).collect();
+    async fn load(
+        db: &Db,
+        on: &mut On<'_>,
+        states: impl Iterator<Item = &DeviceState>,
+    ) -> Result<Self, DbError> {
+        let products: BTreeSet<Product> = states
+            .filter(|state| state.joins == Joins::Any)
+            .map(|state| state.record.product.clone())
+            .collect();
         let mut by_product = BTreeMap::new();
         for product in products {
             let open = rollouts::joinable(db, on, &product).await?;
@@ -109,10 +139,17 @@ impl Open {
         if state.joins != Joins::Any || state.record.held || state.record.blocked {
             return &[];
         }
-        self.by_product.get(&state.record.product).map_or(&[], Vec::as_slice)
+        self.by_product
+            .get(&state.record.product)
+            .map_or(&[], Vec::as_slice)
     }
 
-    fn choose<'a>(&'a self, state: &DeviceState, past: &Pasts, now: Timestamp) -> Option<&'a Arc<RolloutRef>> {
+    fn choose<'a>(
+        &'a self,
+        state: &DeviceState,
+        past: &Pasts,
+        now: Timestamp,
+    ) -> Option<&'a Arc<RolloutRef>> {
         for rollout in self.candidates(state) {
             if was_in(state, rollout, past) {
                 return None;

@@ -103,16 +103,29 @@ impl Desired {
     /// update stays news.
     fn of_state(state: &DeviceState, now: Timestamp) -> Self {
         let record = &state.record;
-        let hold = |generation| Self { generation, action: DesiredAction::Hold, rollout_id: None, attempt: 0, release: None };
+        let hold = |generation| Self {
+            generation,
+            action: DesiredAction::Hold,
+            rollout_id: None,
+            attempt: 0,
+            release: None,
+        };
         let Some(row) = state.row.as_ref().filter(|row| row.phase != Phase::Chosen) else {
             return match record.desired_action {
-                DesiredAction::Abort => Self { action: DesiredAction::Abort, rollout_id: record.desired_rollout, ..hold(record.desired_generation) },
-                DesiredAction::Install | DesiredAction::Rollback | DesiredAction::Hold => hold(record.desired_generation),
+                DesiredAction::Abort => Self {
+                    action: DesiredAction::Abort,
+                    rollout_id: record.desired_rollout,
+                    ..hold(record.desired_generation)
+                },
+                DesiredAction::Install | DesiredAction::Rollback | DesiredAction::Hold => {
+                    hold(record.desired_generation)
+                }
             };
         };
         let release = &row.rollout.release;
         let unheard = !row.phase.may_be_on_trial();
-        if unheard && (record.held || !row.rollout.state.is_open() || !release.may_be_offered(now)) {
+        if unheard && (record.held || !row.rollout.state.is_open() || !release.may_be_offered(now))
+        {
             return hold(record.observed_generation);
         }
         match record.desired_action {
@@ -123,9 +136,11 @@ impl Desired {
                 attempt: row.attempt,
                 release: Some(Arc::clone(release)),
             },
-            action @ (DesiredAction::Abort | DesiredAction::Hold) => {
-                Self { action, rollout_id: record.desired_rollout, ..hold(record.desired_generation) }
-            }
+            action @ (DesiredAction::Abort | DesiredAction::Hold) => Self {
+                action,
+                rollout_id: record.desired_rollout,
+                ..hold(record.desired_generation)
+            },
         }
     }
 }
@@ -134,15 +149,23 @@ impl Desired {
 ///
 /// Only reads where the device says nothing new; else the change is committed, in a group with others, before this returns.
 /// [`DbError::Overloaded`] when the group commit cannot keep up. A device that was removed meanwhile is told to HOLD.
-pub async fn register(ingest: &Ingest, facts: &Facts, device: &DeviceId) -> Result<Arc<Desired>, DbError> {
+pub async fn register(
+    ingest: &Ingest,
+    facts: &Facts,
+    device: &DeviceId,
+) -> Result<Arc<Desired>, DbError> {
     let db = ingest.db();
-    let Some(mut state) = load(db, device).await? else { return Ok(Arc::new(unknown())) };
+    let Some(mut state) = load(db, device).await? else {
+        return Ok(Arc::new(unknown()));
+    };
     let now = db.now();
     state.register(facts, now);
     let joins = state.row.is_none() && join::would_join(db, &state, now).await?;
     if state.changed() || joins {
         ingest.register(device.clone(), facts.clone()).await?;
-        let Some(committed) = load(db, device).await? else { return Ok(Arc::new(unknown())) };
+        let Some(committed) = load(db, device).await? else {
+            return Ok(Arc::new(unknown()));
+        };
         state = committed;
     }
     Ok(Arc::new(Desired::of_state(&state, now)))
@@ -155,34 +178,57 @@ pub async fn of(db: &Db, device: &DeviceId) -> Result<Option<Arc<Desired>>, DbEr
 }
 
 /// What each of `devices` should do now. Unknown ones are left out.
-pub(crate) async fn of_all(db: &Db, devices: &[DeviceId]) -> Result<Vec<(DeviceId, Arc<Desired>)>, DbError> {
+pub(crate) async fn of_all(
+    db: &Db,
+    devices: &[DeviceId],
+) -> Result<Vec<(DeviceId, Arc<Desired>)>, DbError> {
     let now = db.now();
     let states = states::load(db, &mut db.reader(), devices).await?;
     let desired = |state: &DeviceState| Arc::new(Desired::of_state(state, now));
-    Ok(states.iter().map(|state| (state.record.client_id.clone(), desired(state))).collect())
+    Ok(states
+        .iter()
+        .map(|state| (state.record.client_id.clone(), desired(state)))
+        .collect())
 }
 
 async fn load(db: &Db, device: &DeviceId) -> Result<Option<DeviceState>, DbError> {
     let mut on: On<'_> = db.reader();
-    Ok(states::load(db, &mut on, std::slice::from_ref(device)).await?.pop())
+    Ok(states::load(db, &mut on, std::slice::from_ref(device))
+        .await?
+        .pop())
 }
 
 fn unknown() -> Desired {
-    Desired { generation: 0, action: DesiredAction::Hold, rollout_id: None, attempt: 0, release: None }
+    Desired {
+        generation: 0,
+        action: DesiredAction::Hold,
+        rollout_id: None,
+        attempt: 0,
+        release: None,
+    }
 }
 
 /// The message that tells a device what to do. `nonce` is random for each notice sent.
 pub fn notice(desired: &Desired, nonce: String) -> v1::FileNotice {
     let release = desired.release.as_deref();
     v1::FileNotice {
-        file_name: release.map(|release| release.file_name.clone()).unwrap_or_default(),
+        file_name: release
+            .map(|release| release.file_name.clone())
+            .unwrap_or_default(),
         file_size: release.map_or(0, |release| release.size),
-        file_id: release.map(|release| release.file_id.to_string()).unwrap_or_default(),
-        manifest: release.map(|release| bytes::Bytes::from_owner(Arc::clone(&release.envelope))).unwrap_or_default(),
+        file_id: release
+            .map(|release| release.file_id.to_string())
+            .unwrap_or_default(),
+        manifest: release
+            .map(|release| bytes::Bytes::from_owner(Arc::clone(&release.envelope)))
+            .unwrap_or_default(),
         generation: desired.generation,
         nonce,
         action: desired.action.as_i32(),
-        rollout_id: desired.rollout_id.map(|id| id.to_string()).unwrap_or_default(),
+        rollout_id: desired
+            .rollout_id
+            .map(|id| id.to_string())
+            .unwrap_or_default(),
         attempt: desired.attempt,
         not_before_at_ms: 0,
         spread_ms: 0,

@@ -2,13 +2,11 @@
 
 use fwpush_keys::time::Timestamp;
 
-use super::{DesiredAction, Facts, state::{DeviceState, Joins}};
-use crate::{
-    ingest::ReportError,
-    limits,
-    rollout::Phase,
-    rollouts::eligible::judge,
+use super::{
+    DesiredAction, Facts,
+    state::{DeviceState, Joins},
 };
+use crate::{ingest::ReportError, limits, rollout::Phase, rollouts::eligible::judge};
 
 impl DeviceState {
     /// Applies what a device says of itself when it connects.
@@ -21,7 +19,10 @@ impl DeviceState {
         if facts.observed_generation > self.record.desired_generation {
             // The database is older than the device's memory: only a generation above both is news to it.
             let lifted = facts.observed_generation + 1;
-            self.event("GENERATION_LIFTED", format!("{} to {lifted}", self.record.desired_generation));
+            self.event(
+                "GENERATION_LIFTED",
+                format!("{} to {lifted}", self.record.desired_generation),
+            );
             self.restart(lifted, now);
         }
         self.compare_running(now);
@@ -34,14 +35,20 @@ impl DeviceState {
         let agrees = facts.product == record.product.as_str()
             && facts.hw_id == record.hw_id.as_str()
             && facts.hw_rev == record.hw_rev
-            && facts.channels.iter().any(|channel| channel == record.channel.as_str());
+            && facts
+                .channels
+                .iter()
+                .any(|channel| channel == record.channel.as_str());
         if agrees != record.held {
             return;
         }
         self.record.held = !agrees;
         self.facts_changed = true;
         if agrees {
-            return self.event("FACTS_AGREE", "the device's claim is that of its record again".to_owned());
+            return self.event(
+                "FACTS_AGREE",
+                "the device's claim is that of its record again".to_owned(),
+            );
         }
         let record = &self.record;
         let details = format!(
@@ -56,8 +63,13 @@ impl DeviceState {
             record.channel,
         );
         self.event("FACTS_DIFFER", details);
-        if self.row.as_ref().is_some_and(|row| row.phase.is_told() && !row.phase.may_be_on_trial()) {
-            let why = ReportError::new("FACTS_DIFFER", "the device's claim differs from its record");
+        if self
+            .row
+            .as_ref()
+            .is_some_and(|row| row.phase.is_told() && !row.phase.may_be_on_trial())
+        {
+            let why =
+                ReportError::new("FACTS_DIFFER", "the device's claim differs from its record");
             self.end_by_server(Phase::Cancelled, DesiredAction::Hold, why, now);
         }
     }
@@ -78,11 +90,17 @@ impl DeviceState {
             return;
         }
         if row.attempt >= limits::ATTEMPTS {
-            let why = ReportError::new("STATE_LOST", "the device lost its state during each attempt");
+            let why = ReportError::new(
+                "STATE_LOST",
+                "the device lost its state during each attempt",
+            );
             return self.end_by_server(Phase::Failed, DesiredAction::Hold, why, now);
         }
         row.attempt += 1;
-        self.event("STATE_LOST", "the device has a new state directory and is told again".to_owned());
+        self.event(
+            "STATE_LOST",
+            "the device has a new state directory and is told again".to_owned(),
+        );
         self.restart(self.record.desired_generation + 1, now);
     }
 
@@ -110,7 +128,10 @@ impl DeviceState {
     fn compare_running(&mut self, now: Timestamp) {
         let Some(row) = &mut self.row else { return };
         let (rollout, current) = (&row.rollout, &self.record.current);
-        if row.phase != Phase::Chosen && current.confirmed && current.release_id == Some(rollout.release_id()) {
+        if row.phase != Phase::Chosen
+            && current.confirmed
+            && current.release_id == Some(rollout.release_id())
+        {
             let image = rollout.release.image_size;
             (row.bytes_done, row.bytes_total) = (image, image);
             return self.end(Phase::Succeeded, None, now);

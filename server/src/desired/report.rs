@@ -25,9 +25,13 @@ impl DeviceState {
         let place = (report.boot_count, report.seq);
         let counts = |row: &&mut UpdateRow| {
             // Also of a row that is not told yet: the device may have heard a notice that was not noted before a crash.
-            row.phase != Phase::Chosen && row.generation == report.generation && place > row.reported
+            row.phase != Phase::Chosen
+                && row.generation == report.generation
+                && place > row.reported
         };
-        let Some(row) = self.row.as_mut().filter(counts) else { return };
+        let Some(row) = self.row.as_mut().filter(counts) else {
+            return;
+        };
         row.reported = place;
         row.changed = true;
         match &report.kind {
@@ -37,11 +41,21 @@ impl DeviceState {
                 if *blake3 == release.image_id && *bytes == release.image_size {
                     self.advance(Phase::Verified, now);
                 } else {
-                    let details = format!("{bytes} bytes with BLAKE3 {blake3} instead of {} with {}", release.image_size, release.image_id);
+                    let details = format!(
+                        "{bytes} bytes with BLAKE3 {blake3} instead of {} with {}",
+                        release.image_size, release.image_id
+                    );
                     self.event("ACK_DIFFERS", details);
                 }
             }
-            ReportKind::Phase { phase, bytes_done, bytes_total, error, current, .. } => {
+            ReportKind::Phase {
+                phase,
+                bytes_done,
+                bytes_total,
+                error,
+                current,
+                ..
+            } => {
                 if *phase == Phase::Downloading {
                     self.progress(*bytes_done, *bytes_total, now);
                 }
@@ -64,7 +78,9 @@ impl DeviceState {
             Decision::Accepted => self.advance(Phase::Accepted, now),
             Decision::Rejected => self.end(Phase::Rejected, error, now),
             Decision::Deferred { until } => {
-                if let Some(row) = self.row.as_mut().filter(|row| row.phase.may_become(Phase::Deferred) || row.phase == Phase::Deferred) {
+                if let Some(row) = self.row.as_mut().filter(|row| {
+                    row.phase.may_become(Phase::Deferred) || row.phase == Phase::Deferred
+                }) {
                     row.error = error;
                     row.enter(Phase::Deferred, Some(until), now);
                 }
@@ -74,13 +90,19 @@ impl DeviceState {
 
     /// A step forward that does not end the update. Backwards or standing still: nothing.
     fn advance(&mut self, phase: Phase, now: Timestamp) {
-        let Some(row) = self.row.as_mut().filter(|row| row.phase.may_become(phase)) else { return };
+        let Some(row) = self.row.as_mut().filter(|row| row.phase.may_become(phase)) else {
+            return;
+        };
         row.enter(phase, None, now);
         row.error = None;
         // The device may tell of the notice before the stream's task does.
         row.offered_at.get_or_insert(now);
         let image = row.rollout.release.image_size;
-        row.bytes_total = if row.bytes_total == 0 { image } else { row.bytes_total };
+        row.bytes_total = if row.bytes_total == 0 {
+            image
+        } else {
+            row.bytes_total
+        };
         if phase.may_be_on_trial() {
             (row.bytes_done, row.bytes_total) = (image, image);
         }
@@ -88,7 +110,13 @@ impl DeviceState {
 
     /// More bytes than before are a sign of life: the deadline moves. What a device claims never exceeds the image.
     fn progress(&mut self, done: u64, total: u64, now: Timestamp) {
-        let Some(row) = self.row.as_mut().filter(|row| row.phase <= Phase::Downloading) else { return };
+        let Some(row) = self
+            .row
+            .as_mut()
+            .filter(|row| row.phase <= Phase::Downloading)
+        else {
+            return;
+        };
         let image = row.rollout.release.image_size;
         let total = if total == 0 { image } else { total.min(image) };
         let done = done.min(total);
@@ -98,12 +126,23 @@ impl DeviceState {
         (row.bytes_done, row.bytes_total) = (done, total);
     }
 
-    fn reached(&mut self, phase: Phase, error: Option<ReportError>, current: Option<RunningImage>, now: Timestamp) {
+    fn reached(
+        &mut self,
+        phase: Phase,
+        error: Option<ReportError>,
+        current: Option<RunningImage>,
+        now: Timestamp,
+    ) {
         match phase {
             // VERIFIED is what a FileAck makes; the others are the server's to say.
-            Phase::Chosen | Phase::Pending | Phase::Offered | Phase::Verified | Phase::TimedOut => {}
+            Phase::Chosen | Phase::Pending | Phase::Offered | Phase::Verified | Phase::TimedOut => {
+            }
             Phase::Deferred => self.decided(Decision::Deferred { until: now }, error, now),
-            Phase::Accepted | Phase::Downloading | Phase::Installing | Phase::Rebooting | Phase::Confirming => self.advance(phase, now),
+            Phase::Accepted
+            | Phase::Downloading
+            | Phase::Installing
+            | Phase::Rebooting
+            | Phase::Confirming => self.advance(phase, now),
             Phase::Succeeded => self.succeeded(current, now),
             Phase::Failed | Phase::RolledBack | Phase::Rejected | Phase::Cancelled => {
                 if let Some(current) = current {
@@ -126,7 +165,10 @@ impl DeviceState {
             confirmed: true,
         });
         if current.release_id != Some(release.release_id) {
-            let details = format!("success of release {} reported while running version {:?}", release.release_id, current.version);
+            let details = format!(
+                "success of release {} reported while running version {:?}",
+                release.release_id, current.version
+            );
             self.event("SUCCESS_DIFFERS", details);
             return;
         }

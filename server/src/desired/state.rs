@@ -73,7 +73,12 @@ pub(crate) struct Stored {
 
 impl UpdateRow {
     /// A row for a device that joins `rollout`. `forgotten` is the row that an earlier record of the same id left behind.
-    fn new(rollout: &Arc<RolloutRef>, device: &str, forgotten: Option<Stored>, now: Timestamp) -> Self {
+    fn new(
+        rollout: &Arc<RolloutRef>,
+        device: &str,
+        forgotten: Option<Stored>,
+        now: Timestamp,
+    ) -> Self {
         Self {
             rollout: Arc::clone(rollout),
             wave: 0,
@@ -95,7 +100,12 @@ impl UpdateRow {
         }
     }
 
-    pub(super) fn enter(&mut self, phase: Phase, deferred_until: Option<Timestamp>, now: Timestamp) {
+    pub(super) fn enter(
+        &mut self,
+        phase: Phase,
+        deferred_until: Option<Timestamp>,
+        now: Timestamp,
+    ) {
         self.phase = phase;
         self.deadline = deadline(phase, now, deferred_until, &limits::TIMEOUTS);
         self.updated_at = now;
@@ -175,14 +185,26 @@ impl DeviceState {
     }
 
     /// Makes the device part of `rollout`, not to be told yet. It must not have an open update.
-    pub(crate) fn choose(&mut self, rollout: &Arc<RolloutRef>, forgotten: Option<Stored>, now: Timestamp) {
+    pub(crate) fn choose(
+        &mut self,
+        rollout: &Arc<RolloutRef>,
+        forgotten: Option<Stored>,
+        now: Timestamp,
+    ) {
         debug_assert!(self.row.is_none(), "a device has at most one open update");
-        self.row = Some(UpdateRow::new(rollout, self.record.client_id.as_str(), forgotten, now));
+        self.row = Some(UpdateRow::new(
+            rollout,
+            self.record.client_id.as_str(),
+            forgotten,
+            now,
+        ));
     }
 
     /// The device's wave is open: it has something new to do. In any phase but [`Phase::Chosen`]: nothing.
     pub(crate) fn open(&mut self, now: Timestamp) {
-        let Some(mut row) = self.row.take_if(|row| row.phase == Phase::Chosen) else { return };
+        let Some(mut row) = self.row.take_if(|row| row.phase == Phase::Chosen) else {
+            return;
+        };
         self.tell(row.rollout.action.into(), row.rollout.rollout_id);
         row.generation = self.record.desired_generation;
         row.attempt = 1;
@@ -194,7 +216,9 @@ impl DeviceState {
     /// The notice of `generation` was written to the device's stream. Counts only while it was not told.
     pub(crate) fn heard(&mut self, rollout: &RolloutId, generation: u64, now: Timestamp) {
         let waiting = |row: &&mut UpdateRow| {
-            row.phase == Phase::Pending && row.generation == generation && row.rollout.rollout_id == *rollout
+            row.phase == Phase::Pending
+                && row.generation == generation
+                && row.rollout.rollout_id == *rollout
         };
         if let Some(row) = self.row.as_mut().filter(waiting) {
             row.enter(Phase::Offered, None, now);
@@ -213,9 +237,18 @@ impl DeviceState {
     /// The server ends the device's update, and takes back what it may have told.
     ///
     /// A device that is on trial all the same finishes it: what it then runs comes with its next registration.
-    pub(crate) fn end_by_server(&mut self, phase: Phase, action: DesiredAction, why: ReportError, now: Timestamp) {
+    pub(crate) fn end_by_server(
+        &mut self,
+        phase: Phase,
+        action: DesiredAction,
+        why: ReportError,
+        now: Timestamp,
+    ) {
         let Some(row) = &self.row else { return };
-        let (rollout, told_otherwise) = (row.rollout.rollout_id, self.record.desired_generation > row.generation);
+        let (rollout, told_otherwise) = (
+            row.rollout.rollout_id,
+            self.record.desired_generation > row.generation,
+        );
         if row.phase != Phase::Chosen && !told_otherwise {
             self.tell(action, rollout);
         }
@@ -227,7 +260,9 @@ impl DeviceState {
 
     /// Asks the device to give up an update that it may have on trial: only its own report ends the row. Asked before: nothing.
     pub(crate) fn ask_to_abort(&mut self, now: Timestamp) {
-        let Some(mut row) = self.row.take() else { return };
+        let Some(mut row) = self.row.take() else {
+            return;
+        };
         if row.phase.may_be_on_trial() && self.record.desired_generation == row.generation {
             self.tell(DesiredAction::Abort, row.rollout.rollout_id);
             row.updated_at = now;
@@ -239,7 +274,9 @@ impl DeviceState {
 
     /// The open update ends in `phase`, which is terminal and stays.
     pub(super) fn end(&mut self, phase: Phase, error: Option<ReportError>, now: Timestamp) {
-        let Some(mut row) = self.row.take() else { return };
+        let Some(mut row) = self.row.take() else {
+            return;
+        };
         row.enter(phase, None, now);
         let release = &row.rollout.release;
         let mut details = format!("{} {}", release.product, release.version);
@@ -250,7 +287,11 @@ impl DeviceState {
         self.event(phase.as_str(), details);
         self.ended.push(row);
         // A bridging release may have made it fit for what it was unfit for.
-        self.joins = self.joins.max(if phase.is_success() { Joins::Any } else { Joins::Queued });
+        self.joins = self.joins.max(if phase.is_success() {
+            Joins::Any
+        } else {
+            Joins::Queued
+        });
     }
 
     /// The device starts its open update from the beginning, under `generation`: it does not know of the old one any more, or the
@@ -272,7 +313,8 @@ impl DeviceState {
     }
 
     pub(super) fn event(&mut self, kind: &str, details: String) {
-        self.events.push(NewEvent::of_device(&self.record.client_id, kind, details));
+        self.events
+            .push(NewEvent::of_device(&self.record.client_id, kind, details));
     }
 }
 

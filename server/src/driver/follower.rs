@@ -38,7 +38,18 @@ impl Follower {
     /// Begins at the present: no device is connected yet, and each that connects is told what holds then.
     pub(super) async fn new(db: Db) -> Result<Self, DbError> {
         let revs = rollouts::revs_since(&mut db.reader(), Timestamp::EPOCH).await?;
-        let cursors = revs.into_iter().map(|(id, rev)| (id, Cursor { rev, device: LAST.to_owned() })).collect();
+        let cursors = revs
+            .into_iter()
+            .map(|(id, rev)| {
+                (
+                    id,
+                    Cursor {
+                        rev,
+                        device: LAST.to_owned(),
+                    },
+                )
+            })
+            .collect();
         let since = db.now().saturating_sub(limits::FOLLOW_MARGIN);
         Ok(Self { db, cursors, since })
     }
@@ -52,11 +63,15 @@ impl Follower {
         let looked_at = self.db.now();
         for (rollout, rev) in rollouts::revs_since(&mut self.db.reader(), self.since).await? {
             loop {
-                let cursor = self.cursors.entry(rollout).or_insert_with(|| Cursor { rev: 0, device: LAST.to_owned() });
+                let cursor = self.cursors.entry(rollout).or_insert_with(|| Cursor {
+                    rev: 0,
+                    device: LAST.to_owned(),
+                });
                 if cursor.rev >= rev && cursor.device == LAST {
                     break;
                 }
-                let (devices, end) = rollout_devices::changed_after(&mut self.db.reader(), &rollout, cursor).await?;
+                let (devices, end) =
+                    rollout_devices::changed_after(&mut self.db.reader(), &rollout, cursor).await?;
                 let page_was_full = devices.len() == limits::FOLLOW_ROWS;
                 let online: Vec<DeviceId> = devices.into_iter().filter(&is_online).collect();
                 for some in online.chunks(limits::FOLLOW_STATES) {
@@ -64,7 +79,14 @@ impl Follower {
                         offer(&device, desired);
                     }
                 }
-                *cursor = if page_was_full { end } else { Cursor { rev: rev.max(end.rev), device: LAST.to_owned() } };
+                *cursor = if page_was_full {
+                    end
+                } else {
+                    Cursor {
+                        rev: rev.max(end.rev),
+                        device: LAST.to_owned(),
+                    }
+                };
             }
         }
         // Commits become visible a little after the time stamped on them.
@@ -78,17 +100,24 @@ pub(super) async fn follow(db: Db, sessions: Sessions, stop: CancellationToken) 
     let mut follower = None;
     loop {
         let result = match &mut follower {
-            None => Follower::new(db.clone()).await.map(|new| follower = Some(new)),
+            None => Follower::new(db.clone())
+                .await
+                .map(|new| follower = Some(new)),
             Some(follower) => {
                 let offer = |device: &DeviceId, desired| sessions.offer(device, desired);
-                follower.catch_up(|device| sessions.is_online(device), offer).await
+                follower
+                    .catch_up(|device| sessions.is_online(device), offer)
+                    .await
             }
         };
         let sleep = match result {
             Ok(()) => limits::FOLLOW_TICK.mul_f64(rand::random_range(0.8..1.2)),
             Err(DbError::Closed) => return,
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "Devices are told later: the database cannot be read.");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "Devices are told later: the database cannot be read."
+                );
                 limits::RETRY_MAX
             }
         };

@@ -15,7 +15,10 @@ pub(super) async fn keep_house(db: Db, stop: CancellationToken) {
             () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
         }
         if let Err(error) = clean_up(&db).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "Old history stays a while longer.");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "Old history stays a while longer."
+            );
         }
     }
 }

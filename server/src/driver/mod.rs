@@ -70,10 +70,15 @@ async fn drive(db: Db, holder: LeaseHolder, stop: CancellationToken) {
     loop {
         let sleep = match pass(&db, &holder, &stop).await {
             Ok(Pass { more: true, .. }) => Duration::ZERO,
-            Ok(Pass { wake_at, .. }) => wake_at.map_or(limits::DRIVER_TICK, |at| at.since(db.now())).min(limits::DRIVER_TICK),
+            Ok(Pass { wake_at, .. }) => wake_at
+                .map_or(limits::DRIVER_TICK, |at| at.since(db.now()))
+                .min(limits::DRIVER_TICK),
             Err(DbError::Closed) => return,
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "Rollouts wait: the database cannot be used.");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "Rollouts wait: the database cannot be used."
+                );
                 limits::RETRY_MAX
             }
         };
@@ -105,7 +110,9 @@ async fn pass(db: &Db, holder: &LeaseHolder, stop: &CancellationToken) -> Result
     let mut after = 0;
     loop {
         let page = rollouts::driven(&mut db.reader(), after).await?;
-        let Some((last, _)) = page.last() else { return Ok(pass) };
+        let Some((last, _)) = page.last() else {
+            return Ok(pass);
+        };
         after = *last;
         for (_, rollout) in &page {
             if stop.is_cancelled() {
@@ -116,7 +123,12 @@ async fn pass(db: &Db, holder: &LeaseHolder, stop: &CancellationToken) -> Result
     }
 }
 
-async fn drive_one(db: &Db, holder: &LeaseHolder, rollout: &RolloutId, pass: &mut Pass) -> Result<(), DbError> {
+async fn drive_one(
+    db: &Db,
+    holder: &LeaseHolder,
+    rollout: &RolloutId,
+    pass: &mut Pass,
+) -> Result<(), DbError> {
     for _ in 0..limits::DRIVER_STEPS {
         match step(db, holder, rollout).await {
             Ok(Step::Done) => {}

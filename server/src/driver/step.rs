@@ -33,9 +33,15 @@ pub(super) enum Step {
 ///
 /// Planned twice: outside of a transaction to see whether there is anything to do, and inside, under the lease, to do it.
 pub(super) async fn step(db: &Db, holder: &LeaseHolder, id: &RolloutId) -> Result<Step, DbError> {
-    let Some(seen) = look(db, &mut db.reader(), id, db.now()).await? else { return Ok(Step::Idle { wake_at: None }) };
+    let Some(seen) = look(db, &mut db.reader(), id, db.now()).await? else {
+        return Ok(Step::Idle { wake_at: None });
+    };
     match seen.ops.first() {
-        None => return Ok(Step::Idle { wake_at: seen.wake_at }),
+        None => {
+            return Ok(Step::Idle {
+                wake_at: seen.wake_at,
+            });
+        }
         Some(Op::Enrol) => {
             enrol::enrol_page(db, id).await?;
             return Ok(Step::Done);
@@ -44,11 +50,20 @@ pub(super) async fn step(db: &Db, holder: &LeaseHolder, id: &RolloutId) -> Resul
     }
     let mut tx = db.begin().await?;
     let now = tx.now();
-    if hold_lease(&mut tx, &lease(id), holder, limits::LEASE_LIFE).await?.is_none() {
-        return Ok(Step::Idle { wake_at: Some(now.saturating_add(limits::LEASE_LIFE)) });
+    if hold_lease(&mut tx, &lease(id), holder, limits::LEASE_LIFE)
+        .await?
+        .is_none()
+    {
+        return Ok(Step::Idle {
+            wake_at: Some(now.saturating_add(limits::LEASE_LIFE)),
+        });
     }
-    let Some(plan) = look(db, &mut On::Tx(&mut tx), id, now).await? else { return Ok(Step::Idle { wake_at: None }) };
-    let Some(op) = plan.ops.first().copied().filter(|op| *op != Op::Enrol) else { return Ok(Step::Done) };
+    let Some(plan) = look(db, &mut On::Tx(&mut tx), id, now).await? else {
+        return Ok(Step::Idle { wake_at: None });
+    };
+    let Some(op) = plan.ops.first().copied().filter(|op| *op != Op::Enrol) else {
+        return Ok(Step::Done);
+    };
     let saved = apply(db, &mut tx, id, op).await?;
     tx.commit().await?;
     match op {
@@ -64,9 +79,19 @@ fn lease(id: &RolloutId) -> String {
     format!("rollout/{id}")
 }
 
-async fn look(db: &Db, on: &mut On<'_>, id: &RolloutId, now: Timestamp) -> Result<Option<Plan>, DbError> {
-    let Some(row) = rollouts::one(on, id).await? else { return Ok(None) };
-    let release = db.release(&row.release_id).await?.ok_or_else(|| DbError::value("release_id", "names no release"))?;
+async fn look(
+    db: &Db,
+    on: &mut On<'_>,
+    id: &RolloutId,
+    now: Timestamp,
+) -> Result<Option<Plan>, DbError> {
+    let Some(row) = rollouts::one(on, id).await? else {
+        return Ok(None);
+    };
+    let release = db
+        .release(&row.release_id)
+        .await?
+        .ok_or_else(|| DbError::value("release_id", "names no release"))?;
     let seen = rollouts::observe(on, &row).await?;
     Ok(Some(plan(&planned(&row, &release, now), &seen, now)))
 }
@@ -85,7 +110,11 @@ async fn apply(db: &Db, tx: &mut Tx, id: &RolloutId, op: Op) -> Result<Saved, Db
         Op::Abort { reason } => {
             rollouts::abort(tx, id, reason).await?;
             let details = format!("rollout {id} {reason}");
-            insert_events(tx, &[NewEvent::audit(None, "ROLLOUT_ABORTED", details, "fwpush")]).await?;
+            insert_events(
+                tx,
+                &[NewEvent::audit(None, "ROLLOUT_ABORTED", details, "fwpush")],
+            )
+            .await?;
             Ok(Saved::default())
         }
         Op::Cancel => Ok(enrol::take_back(db, tx, id).await?.unwrap_or_default()),
@@ -99,13 +128,23 @@ async fn apply(db: &Db, tx: &mut Tx, id: &RolloutId, op: Op) -> Result<Saved, Db
     }
 }
 
-async fn set(tx: &mut Tx, id: &RolloutId, from: RolloutState, to: RolloutState) -> Result<Saved, DbError> {
+async fn set(
+    tx: &mut Tx,
+    id: &RolloutId,
+    from: RolloutState,
+    to: RolloutState,
+) -> Result<Saved, DbError> {
     rollouts::set_state(tx, id, &[from], to, "").await?;
     Ok(Saved::default())
 }
 
 /// Loads, changes and saves `devices`; those whose update ended go on to their next.
-async fn change(db: &Db, tx: &mut Tx, devices: &[DeviceId], apply: impl Fn(&mut DeviceState, Timestamp)) -> Result<Saved, DbError> {
+async fn change(
+    db: &Db,
+    tx: &mut Tx,
+    devices: &[DeviceId],
+    apply: impl Fn(&mut DeviceState, Timestamp),
+) -> Result<Saved, DbError> {
     let now = tx.now();
     let mut states = states::load(db, &mut On::Tx(tx), devices).await?;
     for state in &mut states {
@@ -116,13 +155,18 @@ async fn change(db: &Db, tx: &mut Tx, devices: &[DeviceId], apply: impl Fn(&mut 
 }
 
 fn expire(state: &mut DeviceState, phase: Phase, to: Phase, now: Timestamp) {
-    let due = |row: &crate::desired::state::UpdateRow| row.phase == phase && row.deadline.is_some_and(|at| at <= now);
+    let due = |row: &crate::desired::state::UpdateRow| {
+        row.phase == phase && row.deadline.is_some_and(|at| at <= now)
+    };
     if !state.row.as_ref().is_some_and(due) {
         return;
     }
     if to == Phase::Pending {
         return state.unheard(now);
     }
-    let why = ReportError::new("TIMED_OUT", &format!("nothing new was heard in phase {phase}"));
+    let why = ReportError::new(
+        "TIMED_OUT",
+        &format!("nothing new was heard in phase {phase}"),
+    );
     state.end_by_server(Phase::TimedOut, DesiredAction::Abort, why, now);
 }

@@ -38,7 +38,10 @@ pub(super) async fn run(ingest: Ingest, stop: CancellationToken) {
 /// Waits for a group worth its commit.
 async fn gather(ingest: &Ingest, stop: &CancellationToken) {
     let until = Instant::now() + limits::GROUP_WAIT;
-    while ingest.queue().len() < limits::GROUP_READY && Instant::now() < until && !stop.is_cancelled() {
+    while ingest.queue().len() < limits::GROUP_READY
+        && Instant::now() < until
+        && !stop.is_cancelled()
+    {
         sleep(limits::GROUP_WAIT / 10).await;
     }
 }
@@ -57,8 +60,15 @@ async fn commit(ingest: &Ingest, group: Vec<Item>, stop: &CancellationToken) {
         };
         if error.is_transient() {
             let items = group.len();
-            tracing::warn!(error = &error as &dyn std::error::Error, items, "Reports wait: the database cannot be written.");
-            if stop.is_cancelled() && Instant::now() >= *give_up.get_or_insert_with(|| Instant::now() + limits::FLUSH_TIME) {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                items,
+                "Reports wait: the database cannot be written."
+            );
+            if stop.is_cancelled()
+                && Instant::now()
+                    >= *give_up.get_or_insert_with(|| Instant::now() + limits::FLUSH_TIME)
+            {
                 return;
             }
             pause_for(pause, stop).await;
@@ -110,14 +120,26 @@ async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
     let mut tx = db.begin().await?;
     let now = tx.now();
     let mut states = states::load(db, &mut On::Tx(&mut tx), &devices).await?;
-    let places: HashMap<DeviceId, usize> =
-        states.iter().enumerate().map(|(place, state)| (state.record.client_id.clone(), place)).collect();
+    let places: HashMap<DeviceId, usize> = states
+        .iter()
+        .enumerate()
+        .map(|(place, state)| (state.record.client_id.clone(), place))
+        .collect();
     for item in group {
         // A device that was removed meanwhile has nothing to be changed.
-        let Some(state) = places.get(item.device()).and_then(|place| states.get_mut(*place)) else { continue };
+        let Some(state) = places
+            .get(item.device())
+            .and_then(|place| states.get_mut(*place))
+        else {
+            continue;
+        };
         match item {
             Item::Report { report, .. } => state.report(report, now),
-            Item::Heard { rollout, generation, .. } => state.heard(rollout, *generation, now),
+            Item::Heard {
+                rollout,
+                generation,
+                ..
+            } => state.heard(rollout, *generation, now),
             Item::Register { facts, .. } => state.register(facts, now),
         }
     }
@@ -129,20 +151,39 @@ async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
     for (sink, acked) in acks {
         sink.send_modify(|held| {
             let upto_seq = held.map_or(acked.upto_seq, |held| held.upto_seq.max(acked.upto_seq));
-            *held = Some(Acked { upto_seq, generation: acked.generation });
+            *held = Some(Acked {
+                upto_seq,
+                generation: acked.generation,
+            });
         });
     }
     Ok(())
 }
 
 /// What each stream of the group may forget.
-fn acks(group: &[Item], places: &HashMap<DeviceId, usize>, states: &[DeviceState]) -> Vec<(AckSink, Acked)> {
+fn acks(
+    group: &[Item],
+    places: &HashMap<DeviceId, usize>,
+    states: &[DeviceState],
+) -> Vec<(AckSink, Acked)> {
     let mut acks: BTreeMap<usize, (AckSink, Acked)> = BTreeMap::new();
     for item in group {
-        let Item::Report { report, ack } = item else { continue };
-        let Some(state) = places.get(&report.device).and_then(|place| states.get(*place)) else { continue };
-        let acked = Acked { upto_seq: report.seq, generation: state.record.desired_generation };
-        let (_, held) = acks.entry(Arc::as_ptr(ack).addr()).or_insert_with(|| (Arc::clone(ack), acked));
+        let Item::Report { report, ack } = item else {
+            continue;
+        };
+        let Some(state) = places
+            .get(&report.device)
+            .and_then(|place| states.get(*place))
+        else {
+            continue;
+        };
+        let acked = Acked {
+            upto_seq: report.seq,
+            generation: state.record.desired_generation,
+        };
+        let (_, held) = acks
+            .entry(Arc::as_ptr(ack).addr())
+            .or_insert_with(|| (Arc::clone(ack), acked));
         held.upto_seq = held.upto_seq.max(report.seq);
     }
     acks.into_values().collect()

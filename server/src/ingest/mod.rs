@@ -34,7 +34,10 @@ pub struct ReportError {
 impl ReportError {
     /// An error of the engine's own.
     pub fn new(code: &str, message: &str) -> Self {
-        Self { code: code.to_owned(), message: message.to_owned() }
+        Self {
+            code: code.to_owned(),
+            message: message.to_owned(),
+        }
     }
 }
 
@@ -43,16 +46,25 @@ impl ReportError {
 pub enum Decision {
     Accepted,
     /// It will decide anew at `until`, by its own clock.
-    Deferred { until: Timestamp },
+    Deferred {
+        until: Timestamp,
+    },
     Rejected,
 }
 
 /// What a report says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReportKind {
-    Reply { decision: Decision, error: Option<ReportError> },
+    Reply {
+        decision: Decision,
+        error: Option<ReportError>,
+    },
     /// The image is verified and synced. `bytes` and `blake3` are the plain image's, by the device's own reckoning.
-    Ack { file_id: FileId, bytes: u64, blake3: FileId },
+    Ack {
+        file_id: FileId,
+        bytes: u64,
+        blake3: FileId,
+    },
     Phase {
         attempt: u32,
         phase: Phase,
@@ -109,7 +121,13 @@ struct Inner {
 impl Ingest {
     /// Starts the committing task. After `stop` it commits what is queued, within [`limits::FLUSH_TIME`], and ends.
     pub fn start(db: Db, stop: CancellationToken) -> Self {
-        let ingest = Self { inner: Arc::new(Inner { db, queue: Queue::default(), tasks: TaskTracker::new() }) };
+        let ingest = Self {
+            inner: Arc::new(Inner {
+                db,
+                queue: Queue::default(),
+                tasks: TaskTracker::new(),
+            }),
+        };
         ingest.inner.tasks.spawn(commit::run(ingest.clone(), stop));
         ingest.inner.tasks.close();
         ingest
@@ -130,7 +148,16 @@ impl Ingest {
 
     /// Notes that a notice of `generation` was written to the device's stream. Best effort: the device's reply says it too.
     pub fn offered(&self, device: DeviceId, rollout: RolloutId, generation: u64) {
-        if self.inner.queue.push(Item::Heard { device, rollout, generation }).is_err() {
+        if self
+            .inner
+            .queue
+            .push(Item::Heard {
+                device,
+                rollout,
+                generation,
+            })
+            .is_err()
+        {
             tracing::debug!("A notice was not noted as written: the queue is full.");
         }
     }
@@ -138,9 +165,15 @@ impl Ingest {
     /// Commits what a connecting device says of itself.
     pub(crate) async fn register(&self, device: DeviceId, facts: Facts) -> Result<(), DbError> {
         const REGISTER: &str = "register a device";
-        let overloaded = || DbError::Overloaded { operation: REGISTER };
+        let overloaded = || DbError::Overloaded {
+            operation: REGISTER,
+        };
         let (done, committed) = oneshot::channel();
-        let item = Item::Register { device, facts: Box::new(facts), done };
+        let item = Item::Register {
+            device,
+            facts: Box::new(facts),
+            done,
+        };
         self.inner.queue.push(item).map_err(|Full| overloaded())?;
         match tokio::time::timeout(limits::REGISTER_COMMIT, committed).await {
             Ok(Ok(committed)) => committed,

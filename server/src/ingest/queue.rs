@@ -14,10 +14,21 @@ use crate::{db::DbError, desired::Facts, limits, rollout::Phase};
 /// What waits for a commit.
 #[derive(Debug)]
 pub(super) enum Item {
-    Report { report: DeviceReport, ack: AckSink },
+    Report {
+        report: DeviceReport,
+        ack: AckSink,
+    },
     /// A notice was written to the device's stream.
-    Heard { device: DeviceId, rollout: RolloutId, generation: u64 },
-    Register { device: DeviceId, facts: Box<Facts>, done: oneshot::Sender<Result<(), DbError>> },
+    Heard {
+        device: DeviceId,
+        rollout: RolloutId,
+        generation: u64,
+    },
+    Register {
+        device: DeviceId,
+        facts: Box<Facts>,
+        done: oneshot::Sender<Result<(), DbError>>,
+    },
 }
 
 impl Item {
@@ -60,7 +71,13 @@ impl Hole {
 
 /// Mere progress: a later one of the same try says all that it says.
 fn is_progress(report: &DeviceReport) -> bool {
-    matches!(report.kind, ReportKind::Phase { phase: Phase::Downloading, .. })
+    matches!(
+        report.kind,
+        ReportKind::Phase {
+            phase: Phase::Downloading,
+            ..
+        }
+    )
 }
 
 impl Queue {
@@ -85,7 +102,13 @@ impl Queue {
         let (device, seq) = (report.device.clone(), report.seq);
         // The newest progress speaks for a lost one, so that leaves no hole.
         let leaves_hole = !is_progress(&report);
-        if state.push(Item::Report { report, ack: Arc::clone(ack) }).is_err() {
+        if state
+            .push(Item::Report {
+                report,
+                ack: Arc::clone(ack),
+            })
+            .is_err()
+        {
             if leaves_hole {
                 state.dig(device, ack, seq);
             }
@@ -129,7 +152,11 @@ impl Queue {
         state.taken += items.len() as u64;
         let taken = state.taken;
         for item in &items {
-            if state.newest.get(item.device()).is_some_and(|newest| *newest < taken) {
+            if state
+                .newest
+                .get(item.device())
+                .is_some_and(|newest| *newest < taken)
+            {
                 state.newest.remove(item.device());
             }
         }
@@ -153,9 +180,17 @@ impl State {
         if !is_progress(report) {
             return false;
         }
-        let Some(newest) = self.newest.get(&report.device) else { return false };
-        let place = newest.checked_sub(self.taken).and_then(|place| usize::try_from(place).ok());
-        let Some(Item::Report { report: held, ack: held_ack }) = place.and_then(|place| self.items.get_mut(place)) else {
+        let Some(newest) = self.newest.get(&report.device) else {
+            return false;
+        };
+        let place = newest
+            .checked_sub(self.taken)
+            .and_then(|place| usize::try_from(place).ok());
+        let Some(Item::Report {
+            report: held,
+            ack: held_ack,
+        }) = place.and_then(|place| self.items.get_mut(place))
+        else {
             return false;
         };
         let same_try = held.generation == report.generation
@@ -177,7 +212,13 @@ impl State {
             Some(hole) if hole.is_of(ack) => hole.seq.min(seq),
             _ => seq,
         };
-        self.holes.insert(device, Hole { stream: Arc::downgrade(ack), seq: first });
+        self.holes.insert(
+            device,
+            Hole {
+                stream: Arc::downgrade(ack),
+                seq: first,
+            },
+        );
     }
 }
 
@@ -192,7 +233,14 @@ mod tests {
             boot_count: 1,
             seq,
             generation: 1,
-            kind: ReportKind::Phase { attempt: 1, phase, bytes_done: seq, bytes_total: 100, error: None, current: None },
+            kind: ReportKind::Phase {
+                attempt: 1,
+                phase,
+                bytes_done: seq,
+                bytes_total: 100,
+                error: None,
+                current: None,
+            },
         }
     }
 
@@ -211,14 +259,23 @@ mod tests {
     #[test]
     fn progress_takes_one_place_a_device_and_keeps_its_order_to_the_rest() {
         let (queue, ack) = (Queue::default(), sink());
-        for (seq, phase) in [(1, Phase::Downloading), (2, Phase::Downloading), (3, Phase::Installing), (4, Phase::Downloading)] {
+        for (seq, phase) in [
+            (1, Phase::Downloading),
+            (2, Phase::Downloading),
+            (3, Phase::Installing),
+            (4, Phase::Downloading),
+        ] {
             queue.submit(report("a", seq, phase), &ack).unwrap();
         }
         for seq in 5..5_000 {
-            queue.submit(report("a", seq, Phase::Downloading), &ack).unwrap();
+            queue
+                .submit(report("a", seq, Phase::Downloading), &ack)
+                .unwrap();
         }
         assert_eq!(seqs(&queue.take(10)), [2, 3, 4_999]);
-        queue.submit(report("a", 5_000, Phase::Downloading), &ack).unwrap();
+        queue
+            .submit(report("a", 5_000, Phase::Downloading), &ack)
+            .unwrap();
         assert_eq!(seqs(&queue.take(10)), [5_000]);
         assert!(queue.state().newest.is_empty());
     }
@@ -228,12 +285,20 @@ mod tests {
         let (queue, ack) = (Queue::default(), sink());
         let other = sink();
         for seq in 0..limits::INGEST_QUEUE as u64 {
-            queue.submit(report("other", seq, Phase::Installing), &other).unwrap();
+            queue
+                .submit(report("other", seq, Phase::Installing), &other)
+                .unwrap();
         }
         assert_eq!(queue.submit(report("a", 7, Phase::Failed), &ack), Err(Full));
         queue.take(100);
-        assert_eq!(queue.submit(report("a", 8, Phase::Downloading), &ack), Err(Full));
-        assert_eq!(queue.submit(report("a", 9, Phase::Accepted), &ack), Err(Full));
+        assert_eq!(
+            queue.submit(report("a", 8, Phase::Downloading), &ack),
+            Err(Full)
+        );
+        assert_eq!(
+            queue.submit(report("a", 9, Phase::Accepted), &ack),
+            Err(Full)
+        );
         queue.submit(report("a", 7, Phase::Failed), &ack).unwrap();
         queue.submit(report("a", 8, Phase::Accepted), &ack).unwrap();
     }
@@ -242,16 +307,28 @@ mod tests {
     fn a_new_stream_begins_without_the_holes_of_the_old_one() {
         let (queue, old) = (Queue::default(), sink());
         queue.lost(&report("a", 3, Phase::Failed), &old);
-        assert_eq!(queue.submit(report("a", 4, Phase::Accepted), &old), Err(Full));
-        queue.submit(report("a", 4, Phase::Accepted), &sink()).unwrap();
+        assert_eq!(
+            queue.submit(report("a", 4, Phase::Accepted), &old),
+            Err(Full)
+        );
+        queue
+            .submit(report("a", 4, Phase::Accepted), &sink())
+            .unwrap();
     }
 
     #[test]
     fn a_flood_of_reports_never_grows_the_queue_past_its_bound() {
         let (queue, ack) = (Queue::default(), sink());
         let taken = (0..limits::INGEST_QUEUE as u64 + 500)
-            .filter(|seq| queue.submit(report("a", *seq, Phase::Installing), &ack).is_ok())
+            .filter(|seq| {
+                queue
+                    .submit(report("a", *seq, Phase::Installing), &ack)
+                    .is_ok()
+            })
             .count();
-        assert_eq!((taken, queue.len()), (limits::INGEST_QUEUE, limits::INGEST_QUEUE));
+        assert_eq!(
+            (taken, queue.len()),
+            (limits::INGEST_QUEUE, limits::INGEST_QUEUE)
+        );
     }
 }

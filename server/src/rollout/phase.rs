@@ -138,7 +138,11 @@ impl PhaseCounts {
 
     /// Devices in the phases that `wanted` picks.
     pub fn sum(&self, wanted: impl Fn(Phase) -> bool) -> u64 {
-        Phase::ALL.into_iter().filter(|phase| wanted(*phase)).map(|phase| self.of(phase)).sum()
+        Phase::ALL
+            .into_iter()
+            .filter(|phase| wanted(*phase))
+            .map(|phase| self.of(phase))
+            .sum()
     }
 
     /// Adds the counts of another part of the same rollout.
@@ -173,7 +177,10 @@ mod tests {
             for to in Phase::ALL {
                 let deciding = from == Phase::Deferred && to == Phase::Accepted;
                 if from.may_become(to) {
-                    assert!(!from.is_terminal() && (to > from || deciding), "{from} to {to}");
+                    assert!(
+                        !from.is_terminal() && (to > from || deciding),
+                        "{from} to {to}"
+                    );
                 }
             }
         }

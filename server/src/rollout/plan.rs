@@ -109,12 +109,24 @@ pub enum Blocked {
 
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let count = |n: u64| if n == 1 { "1 device".to_owned() } else { format!("{n} devices") };
+        let count = |n: u64| {
+            if n == 1 {
+                "1 device".to_owned()
+            } else {
+                format!("{n} devices")
+            }
+        };
         match self {
             Self::Choosing => f.write_str("devices to be chosen"),
             Self::NotConnected { devices } => write!(f, "{} to connect", count(*devices)),
-            Self::FinishingEarlier { devices } => write!(f, "{} to finish an earlier update", count(*devices)),
-            Self::OnTrial { devices } => write!(f, "{} to finish the trial begun before the end", count(*devices)),
+            Self::FinishingEarlier { devices } => {
+                write!(f, "{} to finish an earlier update", count(*devices))
+            }
+            Self::OnTrial { devices } => write!(
+                f,
+                "{} to finish the trial begun before the end",
+                count(*devices)
+            ),
         }
     }
 }
@@ -133,7 +145,11 @@ pub struct Plan {
 impl Plan {
     /// What the rollout waits for, in words for a person; empty when devices are at work.
     pub fn waiting_for(&self) -> String {
-        let words: Vec<String> = self.blocked.iter().map(|(_, blocked)| blocked.to_string()).collect();
+        let words: Vec<String> = self
+            .blocked
+            .iter()
+            .map(|(_, blocked)| blocked.to_string())
+            .collect();
         words.join(", ")
     }
 }
@@ -150,7 +166,11 @@ pub fn plan(rollout: &Rollout, seen: &Observed, now: Timestamp) -> Plan {
     for (phase, at) in seen.due.iter().filter(|(phase, _)| phase.is_told()) {
         if *at <= now {
             // Not answering a notice is no failure: the device may have lost it with the link.
-            let to = if *phase == Phase::Offered && rollout.state.is_open() { Phase::Pending } else { Phase::TimedOut };
+            let to = if *phase == Phase::Offered && rollout.state.is_open() {
+                Phase::Pending
+            } else {
+                Phase::TimedOut
+            };
             plan.ops.push(Op::Expire { phase: *phase, to });
         } else {
             plan.wake_before(*at);
@@ -164,7 +184,14 @@ pub fn plan(rollout: &Rollout, seen: &Observed, now: Timestamp) -> Plan {
     plan
 }
 
-fn plan_open(plan: &mut Plan, rollout: &Rollout, seen: &Observed, total: &PhaseCounts, told: u64, now: Timestamp) {
+fn plan_open(
+    plan: &mut Plan,
+    rollout: &Rollout,
+    seen: &Observed,
+    total: &PhaseCounts,
+    told: u64,
+    now: Timestamp,
+) {
     let reason = match rollout.standing {
         Standing::Good => None,
         Standing::Revoked => Some(AbortReason::Revoked),
@@ -175,8 +202,12 @@ fn plan_open(plan: &mut Plan, rollout: &Rollout, seen: &Observed, total: &PhaseC
         return;
     }
     // What was chosen is told before more is chosen: the first devices of a large fleet need not wait for the last.
-    let chosen = seen.waves.iter().filter(|wave| wave.phases.of(Phase::Chosen) > 0);
-    plan.ops.extend(chosen.map(|wave| Op::Offer { wave: wave.wave }));
+    let chosen = seen
+        .waves
+        .iter()
+        .filter(|wave| wave.phases.of(Phase::Chosen) > 0);
+    plan.ops
+        .extend(chosen.map(|wave| Op::Offer { wave: wave.wave }));
     if rollout.enrolling {
         plan.ops.push(Op::Enrol);
         plan.blocked.push((0, Blocked::Choosing));
@@ -199,11 +230,17 @@ fn plan_open(plan: &mut Plan, rollout: &Rollout, seen: &Observed, total: &PhaseC
         for wave in &seen.waves {
             let devices = wave.phases.of(Phase::Pending);
             if devices > 0 {
-                plan.blocked.push((wave.wave, Blocked::NotConnected { devices }));
+                plan.blocked
+                    .push((wave.wave, Blocked::NotConnected { devices }));
             }
         }
         if seen.queued > 0 {
-            plan.blocked.push((0, Blocked::FinishingEarlier { devices: seen.queued }));
+            plan.blocked.push((
+                0,
+                Blocked::FinishingEarlier {
+                    devices: seen.queued,
+                },
+            ));
         }
     }
 }

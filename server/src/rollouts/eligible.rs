@@ -51,11 +51,19 @@ impl Unfit {
 
 /// Judges one device. What is not known of it (a device that never connected runs no known version) speaks for it: it is
 /// judged again when it connects.
-pub(crate) fn judge(release: &ReleaseRow, action: RolloutAction, device: &DeviceRecord) -> Result<(), Unfit> {
+pub(crate) fn judge(
+    release: &ReleaseRow,
+    action: RolloutAction,
+    device: &DeviceRecord,
+) -> Result<(), Unfit> {
     if device.product != release.product {
         return Err(Unfit::Product);
     }
-    let allowed = device.channels.is_empty() || device.channels.iter().any(|channel| channel == release.channel.as_str());
+    let allowed = device.channels.is_empty()
+        || device
+            .channels
+            .iter()
+            .any(|channel| channel == release.channel.as_str());
     if device.channel != release.channel || !allowed {
         return Err(Unfit::Channel);
     }
@@ -83,8 +91,14 @@ pub(crate) fn judge(release: &ReleaseRow, action: RolloutAction, device: &Device
         if action == RolloutAction::Install && precedes(&release.version, running) {
             return Err(Unfit::Newer);
         }
-        let too_old = release.from_min.as_ref().is_some_and(|min| precedes(running, min));
-        let too_new = release.from_max.as_ref().is_some_and(|max| precedes(max, running));
+        let too_old = release
+            .from_min
+            .as_ref()
+            .is_some_and(|min| precedes(running, min));
+        let too_new = release
+            .from_max
+            .as_ref()
+            .is_some_and(|max| precedes(max, running));
         if too_old || too_new {
             return Err(Unfit::Requires);
         }

@@ -31,11 +31,22 @@ use crate::{
 /// A device that runs an earlier rollout's update, and cannot have begun its trial, is taken over; one that may have begun is
 /// queued until it has ended. Devices of a newer rollout are left alone.
 pub(crate) async fn enrol_page(db: &Db, id: &RolloutId) -> Result<bool, DbError> {
-    let Some(row) = rollouts::one(&mut db.reader(), id).await? else { return Ok(false) };
-    let Some(from) = row.enrol_after.clone().filter(|_| row.state.is_open()) else { return Ok(false) };
-    let Some(rollout) = rollouts::refs(db, &mut db.reader(), BTreeSet::from([*id])).await?.remove(id) else { return Ok(false) };
+    let Some(row) = rollouts::one(&mut db.reader(), id).await? else {
+        return Ok(false);
+    };
+    let Some(from) = row.enrol_after.clone().filter(|_| row.state.is_open()) else {
+        return Ok(false);
+    };
+    let Some(rollout) = rollouts::refs(db, &mut db.reader(), BTreeSet::from([*id]))
+        .await?
+        .remove(id)
+    else {
+        return Ok(false);
+    };
     let (looked_at, to) = candidates(db, &row, &from).await?;
-    let fit = looked_at.iter().filter(|record| judge(&rollout.release, rollout.action, record).is_ok());
+    let fit = looked_at
+        .iter()
+        .filter(|record| judge(&rollout.release, rollout.action, record).is_ok());
     let fit: Vec<DeviceId> = fit.map(|record| record.client_id.clone()).collect();
 
     let mut tx = db.begin().await?;
@@ -45,7 +56,11 @@ pub(crate) async fn enrol_page(db: &Db, id: &RolloutId) -> Result<bool, DbError>
     }
     let now = tx.now();
     let mut devices = states::load(db, &mut On::Tx(&mut tx), &fit).await?;
-    let past = rollout_devices::past(&mut On::Tx(&mut tx), fit.into_iter().map(|device| (device, *id))).await?;
+    let past = rollout_devices::past(
+        &mut On::Tx(&mut tx),
+        fit.into_iter().map(|device| (device, *id)),
+    )
+    .await?;
     let earlier = queued_for(db, &mut tx, &devices).await?;
     let mut left = BTreeSet::new();
     for state in &mut devices {
@@ -65,38 +80,78 @@ pub(crate) async fn enrol_page(db: &Db, id: &RolloutId) -> Result<bool, DbError>
 }
 
 /// The next devices to look at, and the place up to which that is; None at the end.
-async fn candidates(db: &Db, row: &RolloutRow, from: &str) -> Result<(Vec<DeviceRecord>, Option<String>), DbError> {
+async fn candidates(
+    db: &Db,
+    row: &RolloutRow,
+    from: &str,
+) -> Result<(Vec<DeviceRecord>, Option<String>), DbError> {
     if !row.target_all {
-        let ids = rollouts::target_ids(&mut db.reader(), &row.rollout_id).await?.unwrap_or_default();
+        let ids = rollouts::target_ids(&mut db.reader(), &row.rollout_id)
+            .await?
+            .unwrap_or_default();
         let start = ids.partition_point(|id| id.as_str() <= from);
-        let page: Vec<DeviceId> = ids.iter().skip(start).take(limits::ENROL_ROWS).cloned().collect();
-        let end = page.last().filter(|_| start + page.len() < ids.len()).map(ToString::to_string);
+        let page: Vec<DeviceId> = ids
+            .iter()
+            .skip(start)
+            .take(limits::ENROL_ROWS)
+            .cloned()
+            .collect();
+        let end = page
+            .last()
+            .filter(|_| start + page.len() < ids.len())
+            .map(ToString::to_string);
         let states = states::load(db, &mut db.reader(), &page).await?;
         return Ok((states.into_iter().map(|state| state.record).collect(), end));
     }
-    let after = (!from.is_empty()).then(|| from.parse()).transpose().map_err(|error| DbError::value("enrol_after", error))?;
-    let filter = DeviceFilter { product: Some(row.product.clone()), after, limit: limits::PAGE_MAX };
+    let after = (!from.is_empty())
+        .then(|| from.parse())
+        .transpose()
+        .map_err(|error| DbError::value("enrol_after", error))?;
+    let filter = DeviceFilter {
+        product: Some(row.product.clone()),
+        after,
+        limit: limits::PAGE_MAX,
+    };
     let page = db.list_devices(&filter).await?;
     let full = page.len() >= limits::PAGE_MAX as usize;
-    let end = page.last().filter(|_| full).map(|record| record.client_id.to_string());
+    let end = page
+        .last()
+        .filter(|_| full)
+        .map(|record| record.client_id.to_string());
     Ok((page, end))
 }
 
 /// The rollouts that devices are queued for.
-async fn queued_for(db: &Db, tx: &mut Tx, devices: &[DeviceState]) -> Result<rollouts::Refs, DbError> {
-    let ids = devices.iter().filter_map(|state| state.record.next_rollout).collect();
+async fn queued_for(
+    db: &Db,
+    tx: &mut Tx,
+    devices: &[DeviceState],
+) -> Result<rollouts::Refs, DbError> {
+    let ids = devices
+        .iter()
+        .filter_map(|state| state.record.next_rollout)
+        .collect();
     rollouts::refs(db, &mut On::Tx(tx), ids).await
 }
 
 /// Puts one device into `rollout`, or into its queue. Gives the older rollouts that it was taken from.
-fn enrol(state: &mut DeviceState, rollout: &Arc<RolloutRef>, past: &Pasts, queues: &rollouts::Refs, now: Timestamp) -> Vec<RolloutId> {
+fn enrol(
+    state: &mut DeviceState,
+    rollout: &Arc<RolloutRef>,
+    past: &Pasts,
+    queues: &rollouts::Refs,
+    now: Timestamp,
+) -> Vec<RolloutId> {
     let nothing = Vec::new();
     if join::was_in(state, rollout, past) {
         return nothing;
     }
     let queue = state.record.next_rollout.and_then(|next| queues.get(&next));
     let of_newer = queue.is_some_and(|queue| queue.ordinal >= rollout.ordinal)
-        || state.row.as_ref().is_some_and(|row| row.rollout.ordinal >= rollout.ordinal);
+        || state
+            .row
+            .as_ref()
+            .is_some_and(|row| row.rollout.ordinal >= rollout.ordinal);
     if of_newer {
         return nothing;
     }
@@ -108,7 +163,10 @@ fn enrol(state: &mut DeviceState, rollout: &Arc<RolloutRef>, past: &Pasts, queue
         }
         Some(row) => {
             left.push(row.rollout.rollout_id);
-            let why = ReportError::new("SUPERSEDED", &format!("taken over by rollout {}", rollout.rollout_id));
+            let why = ReportError::new(
+                "SUPERSEDED",
+                &format!("taken over by rollout {}", rollout.rollout_id),
+            );
             state.end_by_server(Phase::Cancelled, DesiredAction::Abort, why, now);
         }
         None => {}
@@ -120,12 +178,24 @@ fn enrol(state: &mut DeviceState, rollout: &Arc<RolloutRef>, past: &Pasts, queue
 
 /// An open rollout of which a newer one took the last device is SUPERSEDED.
 async fn supersede_if_empty(tx: &mut Tx, id: &RolloutId) -> Result<(), DbError> {
-    let Some(row) = rollouts::one(&mut On::Tx(tx), id).await? else { return Ok(()) };
+    let Some(row) = rollouts::one(&mut On::Tx(tx), id).await? else {
+        return Ok(());
+    };
     let open = [RolloutState::Active, RolloutState::Complete];
     let counts = rollouts::counted(&mut On::Tx(tx), std::slice::from_ref(&row)).await?;
-    let left: u64 = counts.iter().map(|seen| seen.queued + seen.total().sum(|phase| !phase.is_terminal())).sum();
+    let left: u64 = counts
+        .iter()
+        .map(|seen| seen.queued + seen.total().sum(|phase| !phase.is_terminal()))
+        .sum();
     if left == 0 && row.enrol_after.is_none() && open.contains(&row.state) {
-        rollouts::set_state(tx, id, &open, RolloutState::Superseded, "a newer rollout took its devices over").await?;
+        rollouts::set_state(
+            tx,
+            id,
+            &open,
+            RolloutState::Superseded,
+            "a newer rollout took its devices over",
+        )
+        .await?;
     }
     Ok(())
 }
@@ -142,7 +212,11 @@ pub(crate) async fn take_back_page(db: &Db, id: &RolloutId) -> Result<bool, DbEr
 }
 
 /// [`take_back_page`] inside of a transaction. None: nothing was left to do.
-pub(crate) async fn take_back(db: &Db, tx: &mut Tx, id: &RolloutId) -> Result<Option<states::Saved>, DbError> {
+pub(crate) async fn take_back(
+    db: &Db,
+    tx: &mut Tx,
+    id: &RolloutId,
+) -> Result<Option<states::Saved>, DbError> {
     let now = tx.now();
     let mut ids = rollout_devices::to_take_back(&mut On::Tx(tx), id, limits::STATE_ROWS).await?;
     ids.extend(rollout_devices::queued(tx, id, limits::STATE_ROWS - ids.len()).await?);
@@ -159,7 +233,11 @@ pub(crate) async fn take_back(db: &Db, tx: &mut Tx, id: &RolloutId) -> Result<Op
             continue;
         }
         state.ask_to_abort(now);
-        if !state.row.as_ref().is_some_and(|row| row.phase.may_be_on_trial()) {
+        if !state
+            .row
+            .as_ref()
+            .is_some_and(|row| row.phase.may_be_on_trial())
+        {
             let why = ReportError::new("ABORTED", "the rollout was ended");
             state.end_by_server(Phase::Cancelled, DesiredAction::Abort, why, now);
         }

@@ -35,12 +35,20 @@ pub enum Target {
 impl Target {
     /// The ids, ascending and each once; None for all.
     fn ids(&self) -> Result<Option<Vec<DeviceId>>, RolloutError> {
-        let Self::Devices(ids) = self else { return Ok(None) };
+        let Self::Devices(ids) = self else {
+            return Ok(None);
+        };
         if ids.is_empty() {
-            return Err(RolloutError::Invalid("the target names no device".to_owned()));
+            return Err(RolloutError::Invalid(
+                "the target names no device".to_owned(),
+            ));
         }
         if ids.len() > limits::ROLLOUT_DEVICE_IDS {
-            let words = format!("the target names {} devices; at most {} are allowed", ids.len(), limits::ROLLOUT_DEVICE_IDS);
+            let words = format!(
+                "the target names {} devices; at most {} are allowed",
+                ids.len(),
+                limits::ROLLOUT_DEVICE_IDS
+            );
             return Err(RolloutError::Invalid(words));
         }
         let mut ids = ids.clone();
@@ -94,7 +102,11 @@ pub async fn start(db: &Db, new: StartRollout) -> Result<RolloutView, RolloutErr
 }
 
 /// Stores the rollout. False: it was stored before.
-async fn begin(db: &Db, new: &StartRollout, ids: Option<&[DeviceId]>) -> Result<bool, RolloutError> {
+async fn begin(
+    db: &Db,
+    new: &StartRollout,
+    ids: Option<&[DeviceId]>,
+) -> Result<bool, RolloutError> {
     let mut tx = db.begin().await?;
     if let Some(held) = rollouts::one(&mut On::Tx(&mut tx), &new.rollout_id).await? {
         let same = held.release_id == new.release_id && held.action == new.action;
@@ -102,15 +114,27 @@ async fn begin(db: &Db, new: &StartRollout, ids: Option<&[DeviceId]>) -> Result<
         if same && held_ids.as_deref() == ids {
             return Ok(false);
         }
-        let words = format!("rollout {} was started before, with another release, action or target", new.rollout_id);
+        let words = format!(
+            "rollout {} was started before, with another release, action or target",
+            new.rollout_id
+        );
         return Err(RolloutError::Conflict(words));
     }
-    let release = db.release(&new.release_id).await?.ok_or(RolloutError::UnknownRelease(new.release_id))?;
+    let release = db
+        .release(&new.release_id)
+        .await?
+        .ok_or(RolloutError::UnknownRelease(new.release_id))?;
     if release.revoked {
-        return Err(RolloutError::Conflict(format!("release {} was revoked", new.release_id)));
+        return Err(RolloutError::Conflict(format!(
+            "release {} was revoked",
+            new.release_id
+        )));
     }
     if !release.may_be_offered(tx.now()) {
-        return Err(RolloutError::Conflict(format!("release {} expired at {}", new.release_id, release.expires_at)));
+        return Err(RolloutError::Conflict(format!(
+            "release {} expired at {}",
+            new.release_id, release.expires_at
+        )));
     }
     if ids.is_none() {
         let open = rollouts::joinable(db, &mut On::Tx(&mut tx), &release.product).await?;
@@ -121,8 +145,11 @@ async fn begin(db: &Db, new: &StartRollout, ids: Option<&[DeviceId]>) -> Result<
                 && release.from_max.is_none()
                 && release.min_agent.is_none()
         };
-        let older: Vec<RolloutId> =
-            open.iter().filter(|rollout| pointless(&rollout.release)).map(|rollout| rollout.rollout_id).collect();
+        let older: Vec<RolloutId> = open
+            .iter()
+            .filter(|rollout| pointless(&rollout.release))
+            .map(|rollout| rollout.rollout_id)
+            .collect();
         rollouts::close_to_newcomers(&mut tx, &older).await?;
     }
     let row = NewRollout {
@@ -135,9 +162,23 @@ async fn begin(db: &Db, new: &StartRollout, ids: Option<&[DeviceId]>) -> Result<
         actor: &new.actor,
     };
     rollouts::insert(&mut tx, &row).await?;
-    let whom = ids.map_or("all".to_owned(), |ids| format!("{} named devices", ids.len()));
-    let details = format!("rollout {} of {} {} to {whom}", new.rollout_id, release.product, release.version);
-    insert_events(&mut tx, &[NewEvent::audit(None, "ROLLOUT_STARTED", details, &new.actor)]).await?;
+    let whom = ids.map_or("all".to_owned(), |ids| {
+        format!("{} named devices", ids.len())
+    });
+    let details = format!(
+        "rollout {} of {} {} to {whom}",
+        new.rollout_id, release.product, release.version
+    );
+    insert_events(
+        &mut tx,
+        &[NewEvent::audit(
+            None,
+            "ROLLOUT_STARTED",
+            details,
+            &new.actor,
+        )],
+    )
+    .await?;
     tx.commit().await?;
     Ok(true)
 }
@@ -146,18 +187,33 @@ async fn begin(db: &Db, new: &StartRollout, ids: Option<&[DeviceId]>) -> Result<
 /// others finish. Aborted before: answers the same. Superseded: refused, there is nothing left to abort.
 pub async fn abort(db: &Db, id: &RolloutId, actor: &str) -> Result<RolloutView, RolloutError> {
     let mut tx = db.begin().await?;
-    let row = rollouts::one(&mut On::Tx(&mut tx), id).await?.ok_or(RolloutError::NotFound(*id))?;
+    let row = rollouts::one(&mut On::Tx(&mut tx), id)
+        .await?
+        .ok_or(RolloutError::NotFound(*id))?;
     match row.state {
         RolloutState::Aborted => return get(db, id).await,
         RolloutState::Superseded => {
-            return Err(RolloutError::Conflict(format!("rollout {id} was superseded; abort the newer one")));
+            return Err(RolloutError::Conflict(format!(
+                "rollout {id} was superseded; abort the newer one"
+            )));
         }
         RolloutState::Active | RolloutState::Complete => {}
     }
     let from = [RolloutState::Active, RolloutState::Complete];
-    rollouts::set_state(&mut tx, id, &from, RolloutState::Aborted, &format!("aborted by {actor}")).await?;
+    rollouts::set_state(
+        &mut tx,
+        id,
+        &from,
+        RolloutState::Aborted,
+        &format!("aborted by {actor}"),
+    )
+    .await?;
     let details = format!("rollout {id} of {}", row.product);
-    insert_events(&mut tx, &[NewEvent::audit(None, "ROLLOUT_ABORTED", details, actor)]).await?;
+    insert_events(
+        &mut tx,
+        &[NewEvent::audit(None, "ROLLOUT_ABORTED", details, actor)],
+    )
+    .await?;
     tx.commit().await?;
     tracing::info!(rollout.id = %id, actor, "A rollout was aborted.");
     while enrol::take_back_page(db, id).await? {}
@@ -167,7 +223,9 @@ pub async fn abort(db: &Db, id: &RolloutId, actor: &str) -> Result<RolloutView, 
 
 /// The rollout's row, or [`RolloutError::NotFound`].
 async fn known(db: &Db, id: &RolloutId) -> Result<RolloutRow, RolloutError> {
-    rollouts::one(&mut db.reader(), id).await?.ok_or(RolloutError::NotFound(*id))
+    rollouts::one(&mut db.reader(), id)
+        .await?
+        .ok_or(RolloutError::NotFound(*id))
 }
 
 #[cfg(test)]

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use fwpush_keys::id::{DeviceId, HwId};
 
-use super::{RolloutError, Target, eligible::{Unfit, judge}};
+use super::{
+    RolloutError, Target,
+    eligible::{Unfit, judge},
+};
 use crate::{
     db::{Db, DeviceFilter, DeviceRecord, ReleaseRow, states},
     limits,
@@ -70,13 +73,22 @@ pub async fn preview(
             }
         }
         None => {
-            let mut filter = DeviceFilter { product: Some(release.product.clone()), after: None, limit: limits::PAGE_MAX };
+            let mut filter = DeviceFilter {
+                product: Some(release.product.clone()),
+                after: None,
+                limit: limits::PAGE_MAX,
+            };
             loop {
                 let page = db.list_devices(&filter).await?;
                 for record in &page {
                     tally.add(release, action, record, online);
                 }
-                let Some(last) = page.last().filter(|_| page.len() == limits::PAGE_MAX as usize) else { break };
+                let Some(last) = page
+                    .last()
+                    .filter(|_| page.len() == limits::PAGE_MAX as usize)
+                else {
+                    break;
+                };
                 filter.after = Some(last.client_id.clone());
             }
         }
@@ -85,13 +97,23 @@ pub async fn preview(
 }
 
 impl Tally {
-    fn add(&mut self, release: &ReleaseRow, action: RolloutAction, device: &DeviceRecord, online: &(dyn Fn(&DeviceId) -> bool + Send + Sync)) {
+    fn add(
+        &mut self,
+        release: &ReleaseRow,
+        action: RolloutAction,
+        device: &DeviceRecord,
+        online: &(dyn Fn(&DeviceId) -> bool + Send + Sync),
+    ) {
         if let Err(unfit) = judge(release, action, device) {
             return self.exclude(unfit, &device.client_id);
         }
         self.preview.eligible += 1;
         self.preview.online += u64::from(online(&device.client_id));
-        let mut key = (device.hw_id.clone(), device.hw_rev, device.current.version.clone());
+        let mut key = (
+            device.hw_id.clone(),
+            device.hw_rev,
+            device.current.version.clone(),
+        );
         if self.groups.len() >= limits::PREVIEW_GROUPS && !self.groups.contains_key(&key) {
             "(other)".clone_into(&mut key.2);
         }
@@ -99,7 +121,11 @@ impl Tally {
     }
 
     fn exclude(&mut self, unfit: Unfit, device: &DeviceId) {
-        let new = || Excluded { reason: unfit.as_str(), devices: 0, examples: Vec::new() };
+        let new = || Excluded {
+            reason: unfit.as_str(),
+            devices: 0,
+            examples: Vec::new(),
+        };
         let excluded = self.excluded.entry(unfit).or_insert_with(new);
         excluded.devices += 1;
         if excluded.examples.len() < 5 {
@@ -108,7 +134,12 @@ impl Tally {
     }
 
     fn done(self) -> Preview {
-        let group = |((hw_id, hw_rev, version), devices)| PreviewGroup { hw_id, hw_rev, version, devices };
+        let group = |((hw_id, hw_rev, version), devices)| PreviewGroup {
+            hw_id,
+            hw_rev,
+            version,
+            devices,
+        };
         Preview {
             groups: self.groups.into_iter().map(group).collect(),
             excluded: self.excluded.into_values().collect(),

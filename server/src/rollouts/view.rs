@@ -42,13 +42,20 @@ pub struct RolloutView {
 /// The rollout; [`RolloutError::NotFound`] for an unknown id.
 pub async fn get(db: &Db, id: &RolloutId) -> Result<RolloutView, RolloutError> {
     let row = known(db, id).await?;
-    let seen = rollouts::counted(&mut db.reader(), std::slice::from_ref(&row)).await?.pop().unwrap_or_default();
+    let seen = rollouts::counted(&mut db.reader(), std::slice::from_ref(&row))
+        .await?
+        .pop()
+        .unwrap_or_default();
     Ok(view(db, row, &seen).await?)
 }
 
 /// The newest rollouts, newest first; `limit` 0 for 50, at most [`limits::ROLLOUTS_LISTED`].
 pub async fn list(db: &Db, limit: u32) -> Result<Vec<RolloutView>, RolloutError> {
-    let limit = if limit == 0 { 50 } else { limit.min(limits::ROLLOUTS_LISTED) };
+    let limit = if limit == 0 {
+        50
+    } else {
+        limit.min(limits::ROLLOUTS_LISTED)
+    };
     let rows = rollouts::newest(&mut db.reader(), limit).await?;
     let seen = rollouts::counted(&mut db.reader(), &rows).await?;
     let mut views = Vec::with_capacity(rows.len());
@@ -71,12 +78,19 @@ pub async fn devices(
 }
 
 /// The newest `limit` updates of a device, newest first.
-pub async fn updates_of(db: &Db, device: &DeviceId, limit: u32) -> Result<Vec<RolloutDeviceRow>, RolloutError> {
+pub async fn updates_of(
+    db: &Db,
+    device: &DeviceId,
+    limit: u32,
+) -> Result<Vec<RolloutDeviceRow>, RolloutError> {
     Ok(db.updates_of(device, limit).await?)
 }
 
 async fn view(db: &Db, row: RolloutRow, seen: &Observed) -> Result<RolloutView, DbError> {
-    let release = db.release(&row.release_id).await?.ok_or_else(|| DbError::value("release_id", "names no release"))?;
+    let release = db
+        .release(&row.release_id)
+        .await?
+        .ok_or_else(|| DbError::value("release_id", "names no release"))?;
     let mut total = seen.total();
     let waiting = plan(&planned(&row, &release, db.now()), seen, db.now()).waiting_for();
     let waiting_for = match (row.ended_why.as_str(), waiting.as_str()) {
