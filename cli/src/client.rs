@@ -1,0 +1,184 @@
+//! The connection to the server's `AdminService`, and its errors in plain words.
+
+use std::{sync::Arc, time::Duration};
+
+use fwpush_device::{
+    TcpDial,
+    channel::{self, ChannelSettings},
+};
+use fwpush_keys::tls::{self, Credentials};
+use fwpush_proto::v1::admin_service_client::AdminServiceClient;
+use rustls::{pki_types::CertificateDer, time_provider::DefaultTimeProvider};
+use tonic::{Code, Response, Status, transport::Channel};
+
+use crate::{
+    config::OperatorConfig,
+    disk,
+    failure::{Doing as _, Failure, NextStep as _, Result},
+    limits,
+};
+
+/// The generated client over one connection. Clones share it.
+pub type Admin = AdminServiceClient<Channel>;
+
+/// An operator's connection. It does not come back by itself: see [`Client::reconnect`].
+#[derive(Debug)]
+pub struct Client {
+    pub config: OperatorConfig,
+    tls: Arc<rustls::ClientConfig>,
+    admin: Admin,
+}
+
+impl Client {
+    /// Reads certificates and connects.
+    pub async fn connect(config: OperatorConfig) -> Result<Self> {
+        let tls = Arc::new(client_tls(&config)?);
+        let admin = dial(&config, &tls).await?;
+        Ok(Self { config, tls, admin })
+    }
+
+    /// Connects anew after the connection was lost.
+    pub async fn reconnect(&mut self) -> Result<()> {
+        self.admin = dial(&self.config, &self.tls).await?;
+        Ok(())
+    }
+
+    /// A handle for one call, with no time limit on it.
+    pub fn admin(&self) -> Admin {
+        self.admin.clone()
+    }
+
+    /// One unary call with a time limit; `what` names it in the error ("publish the release").
+    pub async fn call<T>(
+        &self,
+        what: &str,
+        call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
+    ) -> Result<T> {
+        self.try_call(call)
+            .await
+            .map_err(|status| self.refused(what, &status))
+    }
+
+    /// Like [`Client::call`], for callers that tell one status from another.
+    pub async fn try_call<T>(
+        &self,
+        call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
+    ) -> Result<T, Status> {
+        let mut admin = self.admin();
+        match tokio::time::timeout(limits::CALL_TIME, call(&mut admin)).await {
+            Ok(answer) => answer.map(Response::into_inner),
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "no answer within {} s",
+                limits::CALL_TIME.as_secs()
+            ))),
+        }
+    }
+
+    /// A status in plain words, with the next step where the code tells it.
+    pub fn refused(&self, what: &str, status: &Status) -> Failure {
+        let server = &self.config.server;
+        if is_lost(status) {
+            let why = tls::explain(status);
+            return Failure::new(format!(
+                "{what}: the connection to {server} was lost: {why}"
+            ))
+            .next("Look at the server's log. Repeating the command is safe.");
+        }
+        let message = match status.message() {
+            "" => status.code().description(),
+            message => message,
+        };
+        let failure = Failure::new(format!("{what}: {message}"));
+        match status.code() {
+            Code::DeadlineExceeded => {
+                failure.next("The server is slow or stuck: look at its log. Repeating the command is safe.")
+            }
+            Code::Unauthenticated | Code::PermissionDenied => failure.next(format!(
+                "This command acts as operator {} with the certificate {}.",
+                self.config.operator,
+                self.config.certificate.display()
+            )),
+            Code::Unimplemented => failure.next(format!(
+                "{server} does not offer this: is it the operators' address, and a server of this version?"
+            )),
+            _ => failure,
+        }
+    }
+}
+
+/// Whether a call failed because the connection did, so that it may be tried again on a new one.
+pub fn is_lost(status: &Status) -> bool {
+    status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
+}
+
+fn client_tls(config: &OperatorConfig) -> Result<rustls::ClientConfig> {
+    let credentials = Credentials::from_pem(
+        &disk::read_text(&config.certificate)?,
+        &disk::read_text(&config.key)?,
+    )
+    .doing(|| {
+        format!(
+            "use {} with {}",
+            config.certificate.display(),
+            config.key.display()
+        )
+    })
+    .next_step(|| {
+        format!(
+            "{} must name a certificate and its key.",
+            config.path.display()
+        )
+    })?;
+    tls::client_config(
+        credentials,
+        certificates(&config.node_ca)?,
+        &config.trust_domain,
+        Arc::new(DefaultTimeProvider),
+    )
+    .doing(|| format!("use the certificates that {} names", config.path.display()))
+}
+
+/// The certificates in a PEM file; at least one.
+fn certificates(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>> {
+    tls::certificates_from_pem(&disk::read_text(path)?)
+        .doing(|| format!("read certificates from {}", path.display()))
+}
+
+async fn dial(config: &OperatorConfig, tls: &Arc<rustls::ClientConfig>) -> Result<Admin> {
+    let settings = ChannelSettings {
+        // Backups and listings come to us: a window for 100 ms at 1 Gbit/s.
+        stream_window_bytes: 8 << 20,
+        connection_window_bytes: 16 << 20,
+        connect_timeout: Duration::from_secs(10),
+        ..ChannelSettings::default()
+    };
+    let server = &config.server;
+    let connection = channel::connect(&settings, server, tls.clone(), &TcpDial)
+        .await
+        .map_err(|error| {
+            Failure::new(format!("connect to {server}: {}", tls::explain(&error))).next(format!(
+                "Is the server running (`fwpush serve --dir DIR`)? {} says where it is.",
+                config.path.display()
+            ))
+        })?;
+    Ok(AdminServiceClient::new(connection.channel)
+        .max_decoding_message_size(limits::ANSWER_BYTES)
+        .max_encoding_message_size(limits::ANSWER_BYTES))
+}
+
+/// Waits that grow from [`limits::RETRY_FIRST`] to [`limits::RETRY_MOST`].
+#[derive(Debug)]
+pub struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(limits::RETRY_FIRST)
+    }
+}
+
+impl Backoff {
+    pub async fn wait(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(limits::RETRY_MOST);
+    }
+}

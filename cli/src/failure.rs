@@ -1,0 +1,171 @@
+//! The one error of the command line: what failed, why, and what to do next.
+
+use std::{fmt, io, process::ExitCode};
+
+use crate::output::escape_lines;
+
+/// Why a command ended without success. Printed on stderr by [`Failure::report`].
+#[derive(Debug)]
+pub struct Failure {
+    exit: Exit,
+    cause: anyhow::Error,
+    next: Option<String>,
+}
+
+/// What the process tells its caller.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Exit {
+    /// The work could not be done, or did not end as wanted.
+    Failed,
+    /// The command line or a configuration is wrong: nothing was tried.
+    Usage,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        match exit {
+            Exit::Failed => ExitCode::from(1),
+            Exit::Usage => ExitCode::from(2),
+        }
+    }
+}
+
+pub type Result<T, E = Failure> = std::result::Result<T, E>;
+
+impl Failure {
+    /// Something went wrong while working.
+    pub fn new(what: impl fmt::Display) -> Self {
+        Self {
+            exit: Exit::Failed,
+            cause: anyhow::anyhow!("{what}"),
+            next: None,
+        }
+    }
+
+    /// The caller asked for something that cannot be.
+    pub fn usage(what: impl fmt::Display) -> Self {
+        Self {
+            exit: Exit::Usage,
+            ..Self::new(what)
+        }
+    }
+
+    /// Takes an error whose words stand for themselves.
+    pub fn from_error(error: impl Into<anyhow::Error>) -> Self {
+        Self {
+            exit: Exit::Failed,
+            cause: error.into(),
+            next: None,
+        }
+    }
+
+    /// Adds what the person should do now; the innermost step, which is the most precise, stays.
+    #[must_use]
+    pub fn next(mut self, step: impl Into<String>) -> Self {
+        self.next.get_or_insert_with(|| step.into());
+        self
+    }
+
+    /// Names the operation that this failure ended.
+    #[must_use]
+    pub fn doing(mut self, what: impl fmt::Display) -> Self {
+        self.cause = self.cause.context(what.to_string());
+        self
+    }
+
+    /// Makes it a failure of usage or configuration: exit code 2.
+    #[must_use]
+    pub fn as_usage(mut self) -> Self {
+        self.exit = Exit::Usage;
+        self
+    }
+
+    pub fn exit(&self) -> Exit {
+        self.exit
+    }
+
+    /// Writes the failure for a person. Whatever a server or a file put into the words cannot steer the terminal.
+    pub fn report(&self, to: &mut impl io::Write) -> io::Result<()> {
+        writeln!(to, "error: {}", escape_lines(&format!("{:#}", self.cause)))?;
+        if let Some(next) = &self.next {
+            writeln!(
+                to,
+                " next: {}",
+                escape_lines(next).replace('\n', "\n       ")
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#}", self.cause)
+    }
+}
+
+/// Turns any error into a [`Failure`] by naming the operation it ended.
+pub trait Doing<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<anyhow::Error>> Doing<T> for std::result::Result<T, E> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|error| Failure {
+            exit: Exit::Failed,
+            cause: error.into().context(what()),
+            next: None,
+        })
+    }
+}
+
+/// Adds to a failure on its way up.
+pub trait NextStep<T> {
+    fn next_step(self, step: impl FnOnce() -> String) -> Result<T>;
+    fn while_doing(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T> NextStep<T> for Result<T> {
+    fn next_step(self, step: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|failure| failure.next(step()))
+    }
+
+    fn while_doing(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|failure| failure.doing(what()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(failure: &Failure) -> String {
+        let mut out = Vec::new();
+        failure.report(&mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_failure_says_what_why_and_what_next() {
+        let missing = io::Error::new(io::ErrorKind::NotFound, "no such file");
+        let failure = Err::<(), _>(missing)
+            .doing(|| "read a.key".to_owned())
+            .next_step(|| "give --key FILE".to_owned())
+            .next_step(|| "a vaguer hint".to_owned())
+            .unwrap_err();
+        assert_eq!(
+            words(&failure),
+            "error: read a.key: no such file\n next: give --key FILE\n"
+        );
+        assert_eq!(failure.exit(), Exit::Failed);
+    }
+
+    #[test]
+    fn words_of_others_cannot_steer_the_terminal() {
+        let failure = Failure::new("the server says: \u{1b}[2Jgone\r");
+        assert_eq!(
+            words(&failure),
+            "error: the server says: \\u{1b}[2Jgone\\r\n"
+        );
+    }
+}
