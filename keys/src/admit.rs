@@ -81,12 +81,12 @@ pub enum Refusal {
         max: u64,
     },
     /// Does not start from what runs here.
-    #[error("release installs over {}, this device runs {}", from_span(.requires), or_unknown(.running.as_ref()))]
+    #[error("release installs over {needed}, this device runs {running}")]
     Requires {
-        /// What the release demands.
-        requires: Requires,
-        /// What the device runs.
-        running: Option<Version>,
+        /// Which versions it starts from, in words.
+        needed: String,
+        /// What the device runs, in words.
+        running: String,
     },
     /// Needs a newer agent.
     #[error("release needs agent {needed} or newer, this is {agent}")]
@@ -160,10 +160,6 @@ fn from_span(requires: &Requires) -> String {
     }
 }
 
-fn or_unknown(version: Option<&Version>) -> String {
-    version.map_or_else(|| "an unknown version".to_owned(), Version::to_string)
-}
-
 /// Judges a release for a device. Ok means that nothing in the documents forbids installing it; space, power and the
 /// user's wishes are the agent's own matter. Used for an INSTALL and a ROLLBACK alike, and again right before the trial.
 pub fn admit(release: &Verified<Release>, facts: &AdmitFacts<'_>) -> Result<(), Refusal> {
@@ -201,8 +197,10 @@ fn admit_device(release: &Release, facts: &AdmitFacts<'_>) -> Result<(), Refusal
     }
     if !starts_from(&release.requires, facts.running_version) {
         return Err(Refusal::Requires {
-            requires: release.requires.clone(),
-            running: facts.running_version.cloned(),
+            needed: from_span(&release.requires),
+            running: facts
+                .running_version
+                .map_or_else(|| "an unknown version".to_owned(), Version::to_string),
         });
     }
     match &release.min_agent {
