@@ -1,0 +1,110 @@
+//! Every benchmark runs to its end, small, and says what it should. No figure is judged.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic with a line number is what a test has to say"
+)]
+
+use std::{path::Path, process::Command};
+
+use serde_json::Value;
+
+/// Runs a benchmark with a temporary directory of its own; gives its JSON and looks that nothing stays behind.
+fn run(args: &[&str]) -> Value {
+    let temp = tempfile::tempdir().unwrap();
+    let output = bench(temp.path())
+        .arg("--json")
+        .args(args)
+        .output()
+        .unwrap();
+    let (stdout, stderr) = (
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    );
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr, "", "nobody at a terminal, no progress");
+    assert_eq!(
+        temp.path().read_dir().unwrap().count(),
+        0,
+        "temporary directories are removed"
+    );
+    serde_json::from_str(&stdout).unwrap()
+}
+
+fn bench(temp: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fwpush-bench"));
+    command.env("TMPDIR", temp).env_remove("FWPUSH_LOG");
+    command
+}
+
+fn positive(figure: &Value) -> bool {
+    figure.as_f64().is_some_and(|figure| figure > 0.0)
+}
+
+#[test]
+fn downloads_are_measured_beside_the_reference_and_a_device_verifies() {
+    let result = run(&[
+        "download",
+        "--size",
+        "3MiB",
+        "--clients",
+        "2",
+        "--rounds",
+        "2",
+    ]);
+    assert_eq!(
+        (&result["size_bytes"], &result["clients"]),
+        (&(3 << 20).into(), &2.into())
+    );
+    for round in result["rounds"].as_array().unwrap() {
+        assert!(
+            positive(&round["fwpush"]["server_cpu_s_per_gib"]),
+            "{round}"
+        );
+        assert!(
+            positive(&round["reference"]["server_cpu_s_per_gib"]),
+            "{round}"
+        );
+        assert!(
+            positive(&round["ratio"]) && positive(&round["device"]["gib_per_s"]),
+            "{round}"
+        );
+    }
+    assert_eq!(result["rounds"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn idle_streams_are_counted() {
+    let result = run(&["idle", "--streams", "30"]);
+    assert_eq!(result["streams"], 30);
+    assert!(positive(&result["resident_bytes"]), "{result}");
+}
+
+#[test]
+fn every_device_hears_of_every_rollout() {
+    let result = run(&["notice", "--devices", "20", "--rounds", "2"]);
+    assert_eq!(result["devices"], 20);
+    for round in result["rounds"].as_array().unwrap() {
+        assert!(
+            positive(&round["notice_ms"]["p50"]) && positive(&round["notice_ms"]["max"]),
+            "{round}"
+        );
+    }
+}
+
+#[test]
+fn wrong_usage_is_told_from_a_failure() {
+    let temp = tempfile::tempdir().unwrap();
+    let code = |args: &[&str]| {
+        bench(temp.path())
+            .args(args)
+            .output()
+            .unwrap()
+            .status
+            .code()
+    };
+    assert_eq!(code(&["download", "--size", "1 parsec"]), Some(2));
+    assert_eq!(code(&["idle", "--streams", "0"]), Some(2));
+    assert_eq!(code(&[]), Some(2));
+    assert_eq!(code(&["--help"]), Some(0));
+}
