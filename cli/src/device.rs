@@ -191,7 +191,7 @@ async fn events(context: &Context, args: &DeviceEvents) -> Result<()> {
     let client = context.client().await?;
     let request = SetDeviceEventsRequest {
         client_id: args.id.to_string(),
-        hears: args.of.clone(),
+        hears: args.hears.clone(),
     };
     let device = client
         .call("set whose events the device hears", async |admin| {

@@ -35,15 +35,12 @@ const UNUSUAL: [Phase; 6] = [
 
 /// What a person calls a phase: `rolled back`.
 pub fn phase_words(phase: Phase) -> String {
-    phase_id(phase).replace('_', " ")
+    phase_id(phase).to_ascii_lowercase().replace('_', " ")
 }
 
-/// What programs call a phase: `rolled_back`.
-pub fn phase_id(phase: Phase) -> String {
-    phase
-        .as_str_name()
-        .trim_start_matches("PHASE_")
-        .to_ascii_lowercase()
+/// The protocol's word for a phase: `ROLLED_BACK`.
+pub fn phase_id(phase: Phase) -> &'static str {
+    phase.as_str_name().trim_start_matches("PHASE_")
 }
 
 /// A bar for `total` bytes. Hidden where stderr is no terminal.

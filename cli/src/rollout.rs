@@ -162,6 +162,11 @@ async fn start(context: &Context, args: &RolloutStart) -> Result<()> {
 }
 
 async fn abort(context: &Context, args: &RolloutAbort) -> Result<()> {
+    if Consent::before(args.yes, false)? == Consent::Ask
+        && !ask(&format!("Stop rollout {}?", args.id))?
+    {
+        return Err(Failure::new("the rollout goes on"));
+    }
     let client = context.client().await?;
     let request = AbortRolloutRequest {
         rollout_id: args.id.to_string(),
@@ -195,7 +200,7 @@ impl Consent {
             (false, false) => Err(Failure::usage(
                 "there is no terminal to ask on before devices are changed",
             )
-            .next("Add --yes if you are sure, or --dry-run to see whom it would reach.")),
+            .next("Add --yes if you are sure; releases and rollouts show whom they would reach with --dry-run.")),
         }
     }
 }

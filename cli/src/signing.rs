@@ -78,11 +78,13 @@ pub fn read_key(path: &Path, out: Output) -> Result<SigningKey> {
     Ok(key)
 }
 
-/// Reads a public key: PEM, or 64 hexadecimal digits.
+/// Reads a public key: PEM, or 64 hexadecimal digits. Of a private key's file the public half.
 pub fn read_public_key(path: &Path) -> Result<PublicKey> {
-    let text = disk::read_text(path)?;
+    let text = Zeroizing::new(disk::read_text(path)?);
     let text = text.trim();
-    let key = if text.starts_with("-----") {
+    let key = if text.starts_with("-----BEGIN PRIVATE KEY-----") {
+        SigningKey::from_pem(text).map(|key| key.public())
+    } else if text.starts_with("-----") {
         PublicKey::from_pem(text)
     } else {
         PublicKey::from_hex(text)

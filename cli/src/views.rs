@@ -179,39 +179,34 @@ pub fn manifest_text(manifest: &Manifest) -> String {
 
 // ---- Rollouts ----
 
-pub fn action_words(action: Action) -> &'static str {
-    match action {
-        Action::Install => "install",
-        Action::Rollback => "rollback",
-        Action::Hold => "hold",
-        Action::Abort => "abort",
-        Action::Unspecified => "unknown",
-    }
+/// The protocol's word for an action: `INSTALL`.
+fn action_id(action: Action) -> &'static str {
+    action.as_str_name().trim_start_matches("ACTION_")
 }
 
-pub fn state_words(state: RolloutState) -> &'static str {
-    match state {
-        RolloutState::Active => "active",
-        RolloutState::Complete => "complete",
-        RolloutState::Aborted => "aborted",
-        RolloutState::Superseded => "superseded",
-        RolloutState::Unspecified => "unknown",
-    }
+/// The protocol's word for a rollout's state: `COMPLETE`.
+fn state_id(state: RolloutState) -> &'static str {
+    state.as_str_name().trim_start_matches("ROLLOUT_STATE_")
+}
+
+/// What a person calls a rollout's state.
+pub fn state_words(state: RolloutState) -> String {
+    state_id(state).to_ascii_lowercase()
 }
 
 pub fn rollout_json(rollout: &Rollout) -> Value {
     let phases: Map<String, Value> = rollout
         .phases
         .iter()
-        .map(|of| (phase_id(of.phase()), of.devices.into()))
+        .map(|of| (phase_id(of.phase()).to_owned(), of.devices.into()))
         .collect();
     json!({
         "rollout_id": rollout.rollout_id,
         "release_id": rollout.release_id,
         "product": rollout.product,
         "version": rollout.version,
-        "action": action_words(rollout.action()),
-        "state": state_words(rollout.state()),
+        "action": action_id(rollout.action()),
+        "state": state_id(rollout.state()),
         "created": json_time(rollout.created_at_ms),
         "ended": json_time(rollout.ended_at_ms),
         "created_by": rollout.created_by,
@@ -232,7 +227,7 @@ pub fn rollout_text(rollout: &Rollout) -> String {
             "does",
             format!(
                 "{} {} {}",
-                action_words(rollout.action()),
+                action_id(rollout.action()).to_ascii_lowercase(),
                 rollout.product,
                 rollout.version
             ),
@@ -259,7 +254,7 @@ pub fn rollouts_text(rollouts: &[Rollout]) -> String {
             rollout.rollout_id.clone(),
             rollout.product.clone(),
             rollout.version.clone(),
-            state_words(rollout.state()).to_owned(),
+            state_words(rollout.state()),
             time(rollout.created_at_ms),
             line(rollout),
         ]);

@@ -11,7 +11,7 @@ use crate::{
     failure::{Failure, Result},
     limits,
     output::plural,
-    progress::{Board, count, phase_id, phase_words},
+    progress::{Board, count, phase_words},
 };
 
 /// Shows progress on stderr until the rollout is no longer active, and returns its last state.
@@ -142,7 +142,7 @@ pub fn verdict(rollout: &Rollout) -> Result<()> {
     ))
     .next(format!(
         "`fwpush rollout show {id} --phase {}` shows why.",
-        phase_id(*worst).replace('_', "-")
+        phase_words(*worst).replace(' ', "-")
     )))
 }
 

@@ -181,8 +181,8 @@ pub struct DeviceText {
     group = ArgGroup::new("which").required(true),
     after_help = "\
 Examples:
-  fwpush device events gw-1 --of gw-2,gw-3
-  fwpush device events gw-1 --of '*'
+  fwpush device events gw-1 --hears gw-2,gw-3
+  fwpush device events gw-1 --hears '*'
   fwpush device events gw-1 --none"
 )]
 pub struct DeviceEvents {
@@ -191,7 +191,7 @@ pub struct DeviceEvents {
 
     /// At most 100 ids, or * for all of its product; replaces what was set
     #[arg(long, value_name = "ID,...|*", value_delimiter = ',', group = "which")]
-    pub of: Vec<String>,
+    pub hears: Vec<String>,
 
     /// Of none
     #[arg(long, group = "which")]

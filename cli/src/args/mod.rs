@@ -24,8 +24,8 @@ use crate::values::ByteCount;
     propagate_version = false,
     max_term_width = 110,
     after_help = "\
-Commands that talk to a server find it by --dir, else the environment variable FWPUSH_DIR, else the nearest
-fwpush.toml upwards from here.
+Commands that talk to a server find it by --dir, else by the environment variable FWPUSH_DIR,
+else by the nearest fwpush.toml upwards from here.
 
 Exit codes: 0 done; 1 failed, or a rollout did not end well; 2 wrong usage or configuration.
 
@@ -158,7 +158,7 @@ Examples:
   fwpush serve --dir fw
   fwpush serve --config /etc/fwpush/fwpush.toml --log-format json
 
-FWPUSH_LOG (or RUST_LOG) sets what is logged: FWPUSH_LOG=debug, FWPUSH_LOG=warn,fwpush_server=debug.")]
+FWPUSH_LOG (or RUST_LOG) sets what is logged: debug, or warn,fwpush_server=debug.")]
 pub struct ServeArgs {
     /// Configuration file, instead of --dir
     #[arg(long, value_name = "FILE")]

@@ -14,6 +14,8 @@ use crate::values::{Expiry, HwFilter, Target};
 #[derive(Args, Clone, Debug)]
 #[command(
     subcommand_negates_reqs = true,
+    override_usage = "fwpush release [OPTIONS] --product <P> --version <V> --hw <ID[:MIN-MAX]> --to <all|ID,...> <FILE>\n       \
+                      fwpush release <COMMAND>",
     after_help = "\
 Examples:
   fwpush release fw.img --product gateway --version 1.1.0 --hw board-a --to gw-1,gw-2
@@ -156,8 +158,8 @@ pub struct SigningArgs {
 Example:
   fwpush release build fw.img --product gateway --version 1.1.0 --hw board-a:2-5 --out gw-1.1.0.json
 
-Without a server nothing is known of earlier releases: the security counter is 0 unless --security-counter says
-otherwise; `fwpush release list` shows the present one.")]
+Without a server nothing is known of earlier releases: the security counter is 0 unless
+--security-counter says otherwise; `fwpush release list` shows the present one.")]
 pub struct ReleaseBuild {
     /// Image to release
     #[arg(value_name = "FILE")]

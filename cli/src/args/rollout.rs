@@ -100,10 +100,14 @@ pub struct RolloutStart {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Example:
-  fwpush rollout abort ID")]
+  fwpush rollout abort ID --yes")]
 pub struct RolloutAbort {
     #[arg(value_name = "ID")]
     pub id: RolloutId,
+
+    /// Do not ask
+    #[arg(long, short)]
+    pub yes: bool,
 }
 
 /// The phases of an update, in the order in which they come.

@@ -90,7 +90,7 @@ Devices are told to connect to {advertised}.
 ",
         domain = args.trust_domain,
         products = products.join(", "),
-        pad = " ".repeat(dir.chars().count() + 12),
+        pad = " ".repeat(dir.chars().count() + 13),
         names = names.join(", "),
         advertised = made.advertised.join(", "),
     );

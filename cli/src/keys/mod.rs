@@ -427,3 +427,6 @@ async fn publish(client: &Client, bytes: &[u8]) -> Result<TrustInfo> {
         })
         .await
 }
+
+#[cfg(test)]
+mod tests;

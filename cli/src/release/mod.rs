@@ -107,3 +107,6 @@ pub fn read_manifest(path: &Path) -> Result<(Envelope, Manifest)> {
         .doing(|| format!("read the manifest {}", path.display()))?;
     Ok((envelope, manifest))
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,7 +46,14 @@ pub async fn run(context: &Context, args: &ReleaseRun) -> Result<()> {
         rollout::follow(&mut client, &rollout).await?
     };
     context.out.data(
-        || json!({ "release": views::release_json(&release), "rollout": views::rollout_json(&rollout) }),
+        || {
+            json!({
+                "release_id": release.release_id,
+                "rollout_id": rollout.rollout_id,
+                "release": views::release_json(&release),
+                "rollout": views::rollout_json(&rollout),
+            })
+        },
         || rollout::outcome_text(&rollout, args.detach),
     )?;
     if args.detach {
