@@ -195,7 +195,7 @@ impl Stream<'_> {
                     }
                 }
                 Ok(()) = self.session.acks.changed() => {
-                    let acked = self.session.acks.borrow_and_update().clone();
+                    let acked = *self.session.acks.borrow_and_update();
                     if let Some(acked) = acked {
                         let ack = ReportAck { upto_seq: acked.upto_seq, generation: acked.generation };
                         self.send(ToDevice::ReportAck(ack)).await?;

@@ -15,9 +15,6 @@ use crate::{
     rollout::Phase,
 };
 
-/// The largest number that JSON and SQL carry exactly everywhere.
-const MAX_COUNT: u64 = (1 << 53) - 1;
-
 /// What a first message says.
 #[derive(Debug)]
 pub struct Hello {
@@ -86,7 +83,8 @@ pub fn file_ack(ack: v1::FileAck) -> Result<Said, Status> {
 /// An UpdateReport.
 pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
     let phase = Phase::from_i32(report.phase)
-        .ok_or_else(|| Status::invalid_argument("an update report has an unknown phase"))?;
+        .filter(|_| !is_the_servers(report.phase()))
+        .ok_or_else(|| Status::invalid_argument("an update report has a phase that no device reports"))?;
     let kind = ReportKind::Phase {
         attempt: report.attempt,
         phase,
@@ -96,6 +94,12 @@ pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
         current: report.current.map(running).transpose()?,
     };
     numbered(report.seq, report.boot_count, report.generation, kind)
+}
+
+/// Phases that only the server knows of.
+fn is_the_servers(phase: v1::Phase) -> bool {
+    use v1::Phase as P;
+    matches!(phase, P::Unspecified | P::Pending | P::Offered | P::TimedOut)
 }
 
 /// The image that a device runs.
@@ -122,7 +126,7 @@ fn numbered(seq: u64, boot_count: u64, generation: u64, kind: ReportKind) -> Res
 }
 
 fn count(number: u64) -> Result<u64, Status> {
-    if number > MAX_COUNT {
+    if number > limits::NUMBER {
         return Err(Status::invalid_argument("a number is above 2^53 - 1"));
     }
     Ok(number)
@@ -170,6 +174,7 @@ mod tests {
             v1::UpdateReport { seq: 1 << 53, ..fine.clone() },
             v1::UpdateReport { generation: u64::MAX, ..fine.clone() },
             v1::UpdateReport { phase: 0, ..fine.clone() },
+            v1::UpdateReport { phase: v1::Phase::TimedOut.into(), ..fine.clone() },
             v1::UpdateReport { phase: 99, ..fine },
         ] {
             assert_eq!(report(bad).unwrap_err().code(), tonic::Code::InvalidArgument);

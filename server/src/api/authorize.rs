@@ -6,7 +6,7 @@ use tonic::{Extensions, Status};
 use crate::listen::Caller;
 
 /// The caller, if its certificate has `role`. Every service admits exactly one role.
-fn admit<'a>(caller: Option<&'a Caller>, role: Role) -> Result<&'a Caller, Status> {
+fn admit(caller: Option<&Caller>, role: Role) -> Result<&Caller, Status> {
     let caller = caller.ok_or_else(|| Status::unauthenticated("no client certificate"))?;
     if caller.peer.identity.role != role {
         let had = caller.peer.identity.role;
