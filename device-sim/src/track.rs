@@ -1,0 +1,255 @@
+//! What is known of one device, from its agent's events and from what it persists.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Instant,
+};
+
+use fwpush_device::{
+    Action, AgentEvent, Failure, Offer, Phase,
+    update::{Decision, Report, ReportKind, State},
+};
+use semver::Version;
+
+use crate::limits;
+
+/// Things counted on one device, or summed over a fleet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Image and outline bytes received.
+    pub bytes: u64,
+    pub groups_written: u64,
+    /// Groups that did not match the outline.
+    pub groups_refused: u64,
+    /// Groups that were in the slot already.
+    pub groups_reused: u64,
+    /// Registrations with a server.
+    pub sessions: u64,
+    /// Links broken by the simulator.
+    pub links_lost: u64,
+    /// Bytes flipped by the simulator.
+    pub bytes_flipped: u64,
+    /// Updates put off.
+    pub deferrals: u64,
+    /// Agents killed by the simulator in mid-download.
+    pub kills: u64,
+    /// Agents that ended with an error of their own.
+    pub crashes: u64,
+    /// Reboots after the first boot.
+    pub reboots: u64,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.groups_written += other.groups_written;
+        self.groups_refused += other.groups_refused;
+        self.groups_reused += other.groups_reused;
+        self.sessions += other.sessions;
+        self.links_lost += other.links_lost;
+        self.bytes_flipped += other.bytes_flipped;
+        self.deferrals += other.deferrals;
+        self.kills += other.kills;
+        self.crashes += other.crashes;
+        self.reboots += other.reboots;
+    }
+}
+
+/// A report that the server has confirmed: it is committed there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfirmedReport {
+    pub seq: u64,
+    pub generation: u64,
+    /// `ACCEPTED`, `DEFERRED`, `REJECTED`, `FILE_ACK`, or the phase.
+    pub what: &'static str,
+}
+
+/// One update of a device.
+#[derive(Debug, Clone)]
+pub struct Update {
+    pub generation: u64,
+    /// `None` until the manifest was believed and the owner asked.
+    pub version: Option<Version>,
+    /// Size of the image; 0 until it is known.
+    pub size: u64,
+    /// When its first notice came.
+    pub heard_at: Instant,
+    /// When the session on which it came was registered.
+    pub registered_at: Option<Instant>,
+    /// `None` until the agent has looked at it.
+    pub phase: Option<Phase>,
+    /// When a terminal phase was reached.
+    pub ended_at: Option<Instant>,
+    pub failure: Option<Failure>,
+    /// Bytes received since it began.
+    pub bytes: u64,
+}
+
+/// Everything that is known of a device.
+#[derive(Debug, Default)]
+pub(crate) struct Track {
+    pub online: bool,
+    pub registered_at: Option<Instant>,
+    /// Oldest first.
+    pub updates: VecDeque<Update>,
+    pub counts: Counts,
+    /// The newest error, in words.
+    pub trouble: Option<String>,
+    /// Reports that the device has persisted and that are not confirmed.
+    waiting: BTreeMap<u64, ConfirmedReport>,
+    /// The newest that is confirmed.
+    pub confirmed: Option<ConfirmedReport>,
+}
+
+impl Track {
+    /// Takes an event of the agent. Returns whether someone may wait for what it changed.
+    pub fn event(&mut self, event: &AgentEvent, now: Instant) -> bool {
+        match event {
+            AgentEvent::Registered { .. } => {
+                self.online = true;
+                self.registered_at = Some(now);
+                self.counts.sessions += 1;
+            }
+            AgentEvent::Disconnected { reason } | AgentEvent::IdentityRefused { reason } => {
+                self.online = false;
+                self.troubled(reason);
+            }
+            AgentEvent::Notice {
+                generation,
+                action: Action::Install | Action::Rollback,
+            } => {
+                self.update(*generation, now);
+            }
+            AgentEvent::Phase {
+                generation,
+                phase,
+                failure,
+            } => self.phase(*generation, *phase, failure.as_ref(), now),
+            AgentEvent::Bytes(bytes) => {
+                self.counts.bytes += bytes;
+                if let Some(update) = self.updates.back_mut() {
+                    update.bytes += bytes;
+                }
+                return false;
+            }
+            AgentEvent::GroupWritten { .. } => {
+                self.counts.groups_written += 1;
+                return false;
+            }
+            AgentEvent::GroupRefused { message, .. } => {
+                self.counts.groups_refused += 1;
+                self.troubled(message);
+            }
+            AgentEvent::GroupsReused(groups) => self.counts.groups_reused += groups,
+            AgentEvent::Acked { upto_seq } => self.acknowledged(*upto_seq),
+            AgentEvent::TrustRefused(failure) => self.troubled(&failure.to_string()),
+            _ => return false,
+        }
+        true
+    }
+
+    /// The owner was asked.
+    pub fn offered(&mut self, offer: &Offer, now: Instant) {
+        let update = self.update(offer.generation, now);
+        update.version = Some(offer.version.clone());
+        update.size = offer.size;
+    }
+
+    /// The device has persisted its state.
+    pub fn persisted(&mut self, state: &State) {
+        for report in state.outbox.reports() {
+            self.waiting
+                .entry(report.seq)
+                .or_insert_with(|| confirmed(report));
+        }
+    }
+
+    /// Whether the server has confirmed everything that the device reported.
+    pub fn all_confirmed(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// The agent is gone, however it ended.
+    pub fn gone(&mut self) {
+        self.online = false;
+    }
+
+    pub fn troubled(&mut self, words: &str) {
+        let end = words.floor_char_boundary(limits::WORDS_BYTES);
+        self.trouble = Some(words[..end].to_owned());
+    }
+
+    /// The newest update to a version.
+    pub fn newest_to(&self, version: &Version) -> Option<&Update> {
+        let mut updates = self.updates.iter().rev();
+        updates.find(|update| update.version.as_ref() == Some(version))
+    }
+
+    /// The newest update, if it never came to the owner being asked.
+    pub fn newest_refused(&self) -> Option<&Update> {
+        self.updates
+            .back()
+            .filter(|update| update.version.is_none())
+    }
+
+    fn update(&mut self, generation: u64, now: Instant) -> &mut Update {
+        let known = self
+            .updates
+            .iter()
+            .position(|update| update.generation == generation);
+        let at = known.unwrap_or_else(|| {
+            if self.updates.len() == limits::UPDATES_REMEMBERED {
+                self.updates.pop_front();
+            }
+            self.updates.push_back(Update {
+                generation,
+                version: None,
+                size: 0,
+                heard_at: now,
+                registered_at: self.registered_at,
+                phase: None,
+                ended_at: None,
+                failure: None,
+                bytes: 0,
+            });
+            self.updates.len() - 1
+        });
+        &mut self.updates[at]
+    }
+
+    fn phase(&mut self, generation: u64, phase: Phase, failure: Option<&Failure>, now: Instant) {
+        // A HOLD has phases of no update.
+        let known = self
+            .updates
+            .iter_mut()
+            .find(|update| update.generation == generation);
+        let Some(update) = known else { return };
+        update.phase = Some(phase);
+        update.failure = failure.cloned();
+        update.ended_at = phase.is_terminal().then(|| update.ended_at.unwrap_or(now));
+    }
+
+    fn acknowledged(&mut self, upto_seq: u64) {
+        let later = self.waiting.split_off(&(upto_seq + 1));
+        if let Some((_, newest)) = std::mem::replace(&mut self.waiting, later).pop_last() {
+            self.confirmed = Some(newest);
+        }
+    }
+}
+
+fn confirmed(report: &Report) -> ConfirmedReport {
+    let what = match &report.kind {
+        ReportKind::Reply { decision, .. } => match decision {
+            Decision::Accepted => "ACCEPTED",
+            Decision::Deferred { .. } => "DEFERRED",
+            Decision::Rejected { .. } => "REJECTED",
+        },
+        ReportKind::FileAck { .. } => "FILE_ACK",
+        ReportKind::Phase { phase, .. } => phase.as_str(),
+    };
+    ConfirmedReport {
+        seq: report.seq,
+        generation: report.generation,
+        what,
+    }
+}
