@@ -59,6 +59,26 @@ impl Client {
             .map_err(|status| self.refused(what, &status))
     }
 
+    /// One unary call that may run twice without harm: where the connection is lost, tried again over new ones.
+    pub async fn call_again<T>(
+        &mut self,
+        what: &str,
+        call: impl AsyncFn(&mut Admin) -> Result<Response<T>, Status>,
+    ) -> Result<T> {
+        let mut backoff = Backoff::default();
+        for _ in 1..limits::CALL_ATTEMPTS {
+            match self.try_call(&call).await {
+                Err(status) if is_lost(&status) => {
+                    backoff.wait().await;
+                    // When this fails, so does the next attempt.
+                    let _ = self.reconnect().await;
+                }
+                answer => return answer.map_err(|status| self.refused(what, &status)),
+            }
+        }
+        self.call(what, &call).await
+    }
+
     /// Like [`Client::call`], for callers that tell one status from another.
     pub async fn try_call<T>(
         &self,
@@ -93,7 +113,7 @@ impl Client {
             Code::DeadlineExceeded => {
                 failure.next("The server is slow or stuck: look at its log. Repeating the command is safe.")
             }
-            Code::Unauthenticated | Code::PermissionDenied => failure.next(format!(
+            Code::Unauthenticated => failure.next(format!(
                 "This command acts as operator {} with the certificate {}.",
                 self.config.operator,
                 self.config.certificate.display()

@@ -5,6 +5,10 @@ use std::time::Duration;
 /// A unary call: the server answers from its database, publishing hashes at most an outline.
 pub const CALL_TIME: Duration = Duration::from_secs(30);
 
+/// How often a call that may be repeated is tried over new connections: the waits between 6 tries, 8 s, outlast a
+/// restart of the server.
+pub const CALL_ATTEMPTS: u32 = 6;
+
 /// One page of 1,000 devices with full attributes (4 KiB) is 5 MiB.
 pub const ANSWER_BYTES: usize = 16 << 20;
 

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::{
     Context,
     args::{RolloutAbort, RolloutArgs, RolloutCommand, RolloutList, RolloutShow, RolloutStart},
-    client::{Backoff, Client, is_lost},
+    client::Client,
     failure::{Failure, Result},
     limits,
     output::{ask, can_ask, plural},
@@ -21,9 +21,6 @@ use crate::{
 
 /// Rows of one page of a rollout's devices.
 const PAGE: u32 = 1_000;
-
-/// How often a start is tried over new connections: it carries its own id, so nothing starts twice.
-const START_ATTEMPTS: u32 = 4;
 
 /// Runs the command.
 pub async fn run(context: &Context, args: &RolloutArgs) -> Result<()> {
@@ -271,23 +268,9 @@ pub async fn begin(
     }
     starting();
     let request = start.request(RolloutId::new_v7(Timestamp::now()).to_string());
-    let mut backoff = Backoff::default();
-    for _ in 1..START_ATTEMPTS {
-        match client
-            .try_call(async |admin| admin.start_rollout(request.clone()).await)
-            .await
-        {
-            Ok(rollout) => return Ok(rollout),
-            Err(status) if is_lost(&status) => {
-                backoff.wait().await;
-                // When this fails, so does the next attempt.
-                let _ = client.reconnect().await;
-            }
-            Err(status) => return Err(client.refused("start the rollout", &status)),
-        }
-    }
+    // It carries its own id, so that nothing starts twice.
     client
-        .call("start the rollout", async |admin| {
+        .call_again("start the rollout", async |admin| {
             admin.start_rollout(request.clone()).await
         })
         .await

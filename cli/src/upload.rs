@@ -122,7 +122,10 @@ async fn attempt(client: &Client, image: &Image, bar: &ProgressBar) -> Result<At
         // Another upload of the same image was faster, or all places are taken: look again.
         Err(status)
             if is_lost(&status)
-                || matches!(status.code(), Code::Aborted | Code::ResourceExhausted) =>
+                || matches!(
+                    status.code(),
+                    Code::Aborted | Code::FailedPrecondition | Code::ResourceExhausted
+                ) =>
         {
             Ok(Attempt::Lost {
                 from: Some(from),

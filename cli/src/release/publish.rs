@@ -3,13 +3,12 @@
 use std::path::Path;
 
 use fwpush_keys::{Release as Manifest, Root, Timestamp, Verified};
-use fwpush_proto::v1::{PublishReleaseRequest, Release};
-use tonic::Code;
+use fwpush_proto::v1::{GetUploadRequest, PublishReleaseRequest, Release};
 
 use crate::{
     Context,
     args::ReleasePublish,
-    client::{Backoff, Client, is_lost},
+    client::Client,
     disk,
     failure::{Doing as _, Failure, NextStep as _, Result},
     image::Image,
@@ -19,9 +18,6 @@ use crate::{
     views,
 };
 
-/// How often publishing is tried over new connections: it may be repeated, the same bytes answer the same.
-const ATTEMPTS: u32 = 4;
-
 /// Runs the command.
 pub async fn run(context: &Context, args: &ReleasePublish) -> Result<()> {
     let (_, manifest) = read_manifest(&args.manifest)?;
@@ -30,17 +26,17 @@ pub async fn run(context: &Context, args: &ReleasePublish) -> Result<()> {
     let mut client = context.client().await?;
     let present = trust::present(&client, context.out).await?;
     check(&present.root, &manifest, &envelope)?;
-    let image = match &args.image {
-        Some(path) => Some(read_image(&manifest, path).await?),
-        None => None,
+    let name = match &args.image {
+        Some(path) => {
+            let image = read_image(&manifest, path).await?;
+            upload(&mut client, &image).await?;
+            image.name
+        }
+        None => {
+            check_uploaded(&client, &manifest).await?;
+            format!("{}-{}.img", manifest.product, manifest.version)
+        }
     };
-    let name = match &image {
-        Some(image) => image.name.clone(),
-        None => format!("{}-{}.img", manifest.product, manifest.version),
-    };
-    if let Some(image) = &image {
-        upload(&mut client, image).await?;
-    }
     let release = publish(&mut client, &envelope, &name).await?;
     context.out.data(
         || views::release_json(&release),
@@ -70,40 +66,42 @@ pub fn check(root: &Verified<Root>, manifest: &Manifest, envelope: &[u8]) -> Res
     Ok(())
 }
 
+/// Without an image at hand, the server must have it from an earlier upload.
+async fn check_uploaded(client: &Client, manifest: &Manifest) -> Result<()> {
+    let image = manifest.image();
+    let request = GetUploadRequest {
+        file_id: image.blake3.to_string(),
+        size: image.size,
+    };
+    let standing = client
+        .call("ask for the image", async |admin| {
+            admin.get_upload(request).await
+        })
+        .await?;
+    if standing.complete {
+        return Ok(());
+    }
+    Err(Failure::new(format!(
+        "the server does not have the image {}",
+        image.blake3
+    ))
+    .next("Give it as well: --image FILE."))
+}
+
 async fn read_image(manifest: &Manifest, path: &Path) -> Result<Image> {
     let image = Image::read(path).await?;
     sign::check_image(manifest, &image)?;
     Ok(image)
 }
 
-/// Publishes an envelope whose image the server has.
+/// Publishes an envelope whose image the server has. The same bytes twice answer the same.
 pub async fn publish(client: &mut Client, envelope: &[u8], file_name: &str) -> Result<Release> {
     let request = PublishReleaseRequest {
         envelope: envelope.to_vec().into(),
         file_name: file_name.to_owned(),
     };
-    let mut backoff = Backoff::default();
-    for _ in 1..ATTEMPTS {
-        match client
-            .try_call(async |admin| admin.publish_release(request.clone()).await)
-            .await
-        {
-            Ok(release) => return Ok(release),
-            Err(status) if is_lost(&status) => {
-                backoff.wait().await;
-                // When this fails, so does the next attempt.
-                let _ = client.reconnect().await;
-            }
-            Err(status) if status.code() == Code::NotFound => {
-                return Err(client
-                    .refused("publish the release", &status)
-                    .next("Give the image as well: --image FILE."));
-            }
-            Err(status) => return Err(client.refused("publish the release", &status)),
-        }
-    }
     client
-        .call("publish the release", async |admin| {
+        .call_again("publish the release", async |admin| {
             admin.publish_release(request.clone()).await
         })
         .await
