@@ -23,7 +23,9 @@ use tokio::signal::unix::{SignalKind, signal};
 /// gives the same faults to the same devices. A share is from 0 to 1 of the devices.
 #[derive(Debug, Parser)]
 #[command(
-    version,
+    name = "device-sim",
+    // `--version` is that of the devices.
+    disable_version_flag = true,
     max_term_width = 110,
     after_help = "\
 Example:
