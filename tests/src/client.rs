@@ -1,6 +1,6 @@
 //! A device written by hand on the generated client: it sends what it is told to, right or wrong.
 
-use std::sync::Arc;
+use std::{error::Error as _, sync::Arc};
 
 use fwpush_device::channel::{self, ChannelSettings, ConnectError, TcpDial};
 use fwpush_keys::{TrustDomain, tls};
@@ -37,14 +37,25 @@ impl Certificates {
 
     /// Connects with large windows.
     pub async fn connect(&self, server: &str) -> Result<Channel, ConnectError> {
-        let settings = ChannelSettings {
-            stream_window_bytes: 4 << 20,
-            connection_window_bytes: 16 << 20,
-            max_frame_bytes: 1 << 20,
-            ..ChannelSettings::default()
-        };
-        Ok(channel::connect(&settings, server, self.tls(), &TcpDial).await?.channel)
+        connect(server, self.tls()).await
     }
+}
+
+/// Connects with large windows and any TLS settings.
+pub async fn connect(server: &str, tls: Arc<rustls::ClientConfig>) -> Result<Channel, ConnectError> {
+    let settings = ChannelSettings {
+        stream_window_bytes: 4 << 20,
+        connection_window_bytes: 16 << 20,
+        max_frame_bytes: 1 << 20,
+        ..ChannelSettings::default()
+    };
+    Ok(channel::connect(&settings, server, tls, &TcpDial).await?.channel)
+}
+
+/// Why a call failed, in the words that a client shows its user.
+pub fn words(status: &Status) -> String {
+    // A status that the server gave has words; one made here of a broken connection has a source that explains it.
+    if status.source().is_some() { tls::explain(status) } else { status.message().to_owned() }
 }
 
 /// An open `Connect` stream.

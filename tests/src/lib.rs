@@ -1,8 +1,15 @@
 //! What the end-to-end tests stand on: real binaries, real sites made by `fwpush init`, real certificates made at run
 //! time, clients and servers that misbehave on purpose. Everything lives in a temporary directory and ends with the test.
 
+pub mod agent;
 pub mod bins;
 pub mod client;
+pub mod hostile;
+pub mod http2;
+pub mod offline;
+pub mod pki;
 pub mod process;
+pub mod proxy;
+pub mod raw;
 pub mod site;
 pub mod wait;

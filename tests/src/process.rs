@@ -92,6 +92,17 @@ impl Process {
         self.output.lines.lock().unwrap().all.clone()
     }
 
+    /// Everything that it printed until it ended.
+    pub fn all_lines(&self) -> Vec<String> {
+        let until = Instant::now() + LONG;
+        let mut lines = self.output.lines.lock().unwrap();
+        while lines.ended < 2 {
+            assert!(Instant::now() < until, "{} keeps its output open", self.name);
+            lines = self.output.more.wait_timeout(lines, Duration::from_secs(1)).unwrap().0;
+        }
+        lines.all.clone()
+    }
+
     /// True while it runs.
     pub fn runs(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
@@ -99,6 +110,13 @@ impl Process {
 
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
+    }
+
+    /// Memory that it holds at this moment (VmRSS), bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it runs");
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 
     /// SIGKILL, and waits until it is gone.

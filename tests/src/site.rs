@@ -5,14 +5,17 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use fwpush_keys::{
-    DeviceId, TrustDomain,
+    Ca, DeviceId, Role, TrustDomain,
     tls::{Credentials, certificates_from_pem},
 };
+use fwpush_proto::v1::admin_service_client::AdminServiceClient;
 use rustix::process::Signal;
 use tempfile::TempDir;
+use tonic::transport::Channel;
 
 use crate::{
     bins::bin,
@@ -33,6 +36,13 @@ pub struct Site {
     pub devices: SocketAddr,
     pub operators: SocketAddr,
     pub metrics: SocketAddr,
+}
+
+/// A release that the server has.
+#[derive(Clone, Debug)]
+pub struct Published {
+    pub release_id: String,
+    pub file_id: String,
 }
 
 /// An address nobody listens on at this moment.
@@ -156,6 +166,22 @@ impl Site {
         self.fwpush(&self.release_args(image, version, more).iter().map(String::as_str).collect::<Vec<_>>())
     }
 
+    /// Publishes an image, without a rollout.
+    pub fn publish(&self, image: &Path, product: &str, version: &str) -> Published {
+        let manifest = self.temp.path().join(format!("{product}-{version}.json"));
+        let (image, file) = (image.to_str().unwrap(), manifest.to_str().unwrap());
+        // Releases may be made within the same second here.
+        static SEQ: AtomicU64 = AtomicU64::new(1);
+        let seq = SEQ.fetch_add(1, Ordering::Relaxed).to_string();
+        let mut build = vec!["release", "build", image, "--product", product, "--version", version, "--hw", HW];
+        build.extend(["--seq", &seq, "--out", file]);
+        self.fwpush(&build).ok();
+        self.fwpush(&["release", "sign", file]).ok();
+        let published = self.fwpush(&["release", "publish", file, "--image", image, "--json"]).ok().json();
+        let text = |key: &str| published[key].as_str().unwrap().to_owned();
+        Published { release_id: text("release_id"), file_id: text("file_id") }
+    }
+
     fn release_args(&self, image: &Path, version: &str, more: &[&str]) -> Vec<String> {
         let mut args = vec!["release", image.to_str().unwrap(), "--product", PRODUCT, "--version", version];
         args.extend(["--hw", HW, "--yes"]);
@@ -205,13 +231,35 @@ impl Site {
     }
 
     fn certificates(&self, certificate: &Path, key: &Path) -> Certificates {
-        let read = |path: &Path| fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        self.certificates_of((read(certificate), read(key)))
+    }
+
+    /// Certificate and key (PEM) of anybody who wants to talk to this site.
+    pub fn certificates_of(&self, (certificate_pem, key_pem): (String, String)) -> Certificates {
         Certificates {
-            certificate_pem: read(certificate),
-            key_pem: read(key),
+            certificate_pem,
+            key_pem,
             node_ca_pem: read(&self.dir().join("server/pki/node-ca.crt")),
             trust_domain: self.trust_domain(),
         }
+    }
+
+    /// An authority of the site, with its key.
+    pub fn authority(&self, role: Role) -> Ca {
+        let part = if role == Role::Device { "server/pki" } else { "offline" };
+        let file = |end: &str| read(&self.dir().join(part).join(format!("{role}-ca.{end}")));
+        Ca::load(&file("crt"), &file("key")).unwrap()
+    }
+
+    /// The operators' calls.
+    pub async fn admin(&self) -> AdminServiceClient<Channel> {
+        let server = self.operators.to_string();
+        AdminServiceClient::new(self.operator_certificates().connect(&server).await.unwrap())
+    }
+
+    /// A device's connection.
+    pub async fn connect(&self, id: &str) -> Channel {
+        self.device_certificates(id).connect(&self.devices.to_string()).await.unwrap()
     }
 
     pub fn trust_domain(&self) -> TrustDomain {
@@ -238,6 +286,10 @@ impl Default for Site {
     fn default() -> Self {
         Self::new()
     }
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Pseudo-random bytes; the same seed gives the same bytes.
