@@ -82,12 +82,7 @@ pub async fn start(
         target: target(request.target)?,
         actor: operator.to_string(),
     };
-    let rollout = rollouts::start(&admin.db, start).await.map_err(refused)?;
-    tracing::info!(
-        operator.id = %operator, rollout.id = %rollout.rollout_id, version = rollout.version,
-        devices = rollout.targeted, "A rollout was started."
-    );
-    Ok(views::rollout(&rollout))
+    Ok(views::rollout(&rollouts::start(&admin.db, start).await.map_err(refused)?))
 }
 
 pub async fn list(
