@@ -89,6 +89,22 @@ pub fn read_text(path: &Path) -> Result<String> {
         .map_err(|_| Failure::new(format!("{} is not UTF-8 text", path.display())))
 }
 
+/// The files in a directory whose names begin and end so, sorted by name.
+pub fn files_named(dir: &Path, prefix: &str, suffix: &str) -> Result<Vec<PathBuf>> {
+    let what = || format!("look for {prefix}*{suffix} in {}", dir.display());
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).doing(what)? {
+        let entry = entry.doing(what)?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(prefix) && name.ends_with(suffix) {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
 /// The first name of the form `prefix<N>suffix`, counting from 1, that the directory does not hold.
 pub fn next_free(dir: &Path, prefix: &str, suffix: &str) -> Result<PathBuf> {
     for number in 1..=9_999 {

@@ -144,12 +144,11 @@ async fn many(context: &Context, args: &DeviceAdd, out: &Path, count: u32) -> Re
         || json!({ "added": missing.len(), "devices": ids.len(), "first": first, "last": last, "dir": out }),
         || {
             let range = first.zip(last).map(|(first, last)| format!(", {first} to {last}")).unwrap_or_default();
+            let (added, all, dir) = (missing.len(), ids.len(), out.display());
+            let (product, hw, rev) = (&args.product, &args.hw.id, args.hw.rev);
             format!(
-                "Added {} of {} devices{range}, in {}.\nNext: device-sim --pki {} --devices {count} --server HOST:PORT\n",
-                missing.len(),
-                ids.len(),
-                out.display(),
-                out.display()
+                "Added {added} of {all} devices{range}, in {dir}.\nNext: device-sim --pki {dir} --devices {count} \
+                 --product {product} --hw {hw}:{rev} --server HOST:PORT\n"
             )
         },
     )

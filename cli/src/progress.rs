@@ -169,7 +169,7 @@ impl Board {
 fn phase_bar(all: &MultiProgress, phase: Phase) -> ProgressBar {
     all.add(
         ProgressBar::new(0)
-            .with_style(style("{prefix:>12} {bar:40} {pos:>6} of {len} {wide_msg}"))
+            .with_style(style("{prefix:>12} {bar:28} {pos:>6} of {len} {wide_msg}"))
             .with_prefix(phase_words(phase)),
     )
 }

@@ -303,7 +303,7 @@ pub fn outcome_text(rollout: &Rollout, detached: bool) -> String {
     }
     let updated = count(rollout, Phase::Succeeded);
     let mut text = format!(
-        "Rollout {id} is {}: {updated} of {} run {} {}.\n",
+        "Rollout {id} is {}: {updated} of {} updated to {} {}.\n",
         views::state_words(rollout.state()),
         plural(rollout.targeted, "device"),
         rollout.product,

@@ -20,7 +20,7 @@ use zeroize::Zeroizing;
 
 use crate::{
     args::SigningArgs,
-    disk,
+    config, disk,
     failure::{Doing as _, Failure, NextStep as _, Result},
     limits,
     output::Output,
@@ -92,20 +92,26 @@ pub fn read_public_key(path: &Path) -> Result<PublicKey> {
     key.doing(|| format!("use the public key {}", path.display()))
 }
 
-/// The offline file that signs releases when no other is named.
-pub fn default_release_key(dir: Option<&Path>) -> Result<Vec<PathBuf>> {
-    let path = crate::config::need_offline_dir(dir)
-        .next_step(|| {
-            "Name the release key with --key FILE, or a signing command with --signer.".to_owned()
-        })?
-        .join("release-1.key");
-    if !path.is_file() {
-        return Err(
-            Failure::usage(format!("there is no release key {}", path.display()))
-                .next("Name it with --key FILE, or a signing command with --signer."),
-        );
+/// The offline files that sign releases when no other is named: each `offline/release-*.key` whose public half is among
+/// `candidates`, sorted by name. Where nothing is known of candidates, `release-1.key`.
+pub fn default_release_keys(dir: Option<&Path>, candidates: &[PublicKey]) -> Result<Vec<PathBuf>> {
+    let name_one =
+        || "Name the release key with --key FILE, or a signing command with --signer.".to_owned();
+    let offline = config::need_offline_dir(dir).next_step(name_one)?;
+    let mut files = disk::files_named(&offline, "release-", ".key")?;
+    if candidates.is_empty() {
+        files.retain(|file| file.ends_with("release-1.key"));
+    } else {
+        files.retain(|file| read_public_key(file).is_ok_and(|key| candidates.contains(&key)));
     }
-    Ok(vec![path])
+    if files.is_empty() {
+        let offline = offline.display();
+        return Err(Failure::usage(format!(
+            "there is no release key in {offline} that the root lists for this"
+        )))
+        .next_step(name_one);
+    }
+    Ok(files)
 }
 
 fn signer_key(
@@ -311,5 +317,28 @@ mod tests {
             failure.contains("bad.key") && !failure.contains("c2VjcmV0"),
             "{failure}"
         );
+    }
+
+    #[test]
+    fn without_a_named_key_those_sign_that_the_root_lists() {
+        let dir = tempfile::tempdir().unwrap();
+        let offline = dir.path().join("offline");
+        fs::create_dir(&offline).unwrap();
+        let keys = ["release-1.key", "release-2.key", "root-1.key"].map(|name| {
+            let key = SigningKey::generate();
+            disk::write_new(&offline.join(name), key.to_pkcs8_v1_pem().as_bytes()).unwrap();
+            key
+        });
+        let files = |candidates: &[PublicKey]| default_release_keys(Some(dir.path()), candidates);
+        assert_eq!(files(&[]).unwrap(), [offline.join("release-1.key")]);
+        assert_eq!(
+            files(&[keys[1].public()]).unwrap(),
+            [offline.join("release-2.key")]
+        );
+        assert_eq!(
+            files(&[keys[0].public(), keys[1].public()]).unwrap().len(),
+            2
+        );
+        assert!(files(&[SigningKey::generate().public()]).is_err());
     }
 }

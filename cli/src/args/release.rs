@@ -52,7 +52,9 @@ pub enum ReleaseStep {
 #[derive(Args, Clone, Debug)]
 pub struct ReleaseRun {
     /// Image to release
-    #[arg(value_name = "FILE")]
+    // The group that clap makes of a struct has no members where others are flattened into it; whether the struct is
+    // there at all is told by its group.
+    #[arg(value_name = "FILE", group = "ReleaseRun")]
     pub file: PathBuf,
 
     #[command(flatten)]
@@ -134,7 +136,8 @@ pub struct ManifestArgs {
 /// Who signs.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SigningArgs {
-    /// Private key file (Ed25519, PEM); repeat for several signatures [default: DIR/offline/release-1.key]
+    /// Private key file (Ed25519, PEM); repeat for several signatures [default: those of
+    /// DIR/offline/release-*.key that the root lists]
     #[arg(long = "key", value_name = "FILE")]
     pub keys: Vec<PathBuf>,
 

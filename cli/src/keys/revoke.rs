@@ -45,7 +45,7 @@ pub async fn run(context: &Context, args: &KeysRevoke) -> Result<()> {
         .doing(|| "build the list".to_owned())
         .map_err(Failure::as_usage)?;
     let candidates: Vec<PublicKey> = present.root.public_keys(&role).copied().collect();
-    let default_keys = || signing::default_release_key(context.dir());
+    let default_keys = || signing::default_release_keys(context.dir(), &candidates);
     signing::sign(
         &mut envelope,
         &args.signing,

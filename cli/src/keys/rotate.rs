@@ -1,6 +1,6 @@
 //! `fwpush keys rotate-root`: the root after the present one.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use fwpush_keys::{
     Envelope, KeyId, Product, ProductRule, PublicKey, RoleKeys, Root, Timestamp, Verified,
@@ -250,26 +250,15 @@ fn sign(
 
 /// `DIR/offline/root-*.key`, sorted by name; none where the keys are kept elsewhere.
 fn offline_root_keys(context: &Context) -> Result<Vec<PathBuf>> {
-    let Some(dir) = config::offline_dir(context.dir()) else {
-        return Ok(Vec::new());
-    };
-    let what = || format!("look for root keys in {}", dir.display());
-    let mut files = Vec::new();
-    for entry in fs::read_dir(&dir).doing(what)? {
-        let entry = entry.doing(what)?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with("root-") && name.ends_with(".key") {
-            files.push(entry.path());
-        }
+    match config::offline_dir(context.dir()) {
+        Some(dir) => disk::files_named(&dir, "root-", ".key"),
+        None => Ok(Vec::new()),
     }
-    files.sort();
-    Ok(files)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::{fs, path::Path};
 
     use clap::Parser as _;
     use fwpush_keys::SigningKey;

@@ -119,7 +119,7 @@ async fn prepare(context: &Context, client: &Client, args: &ReleaseRun) -> Resul
         .doing(|| "build the manifest".to_owned())
         .map_err(Failure::as_usage)?;
     let candidates = sign::release_keys(&present.root, &manifest);
-    let default_keys = || signing::default_release_key(context.dir());
+    let default_keys = || signing::default_release_keys(context.dir(), &candidates);
     signing::sign(
         &mut envelope,
         &args.signing,

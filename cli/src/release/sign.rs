@@ -35,7 +35,7 @@ pub async fn run(context: &Context, args: &ReleaseSign) -> Result<()> {
     let candidates = root
         .map(|root| release_keys(root, &manifest))
         .unwrap_or_default();
-    let default_keys = || signing::default_release_key(context.dir());
+    let default_keys = || signing::default_release_keys(context.dir(), &candidates);
     let signers = signing::sign(
         &mut envelope,
         &args.signing,

@@ -189,7 +189,14 @@ fn a_step_takes_no_arguments_before_it() {
         "--to",
         "all",
     ];
-    assert!(parse(&whole).is_ok());
+    let Command::Release(args) = parse(&whole).unwrap().command else {
+        panic!("release")
+    };
+    assert!(args.step.is_none() && args.run.is_some());
+    let Command::Release(args) = parse(&["list"]).unwrap().command else {
+        panic!("release")
+    };
+    assert!(args.step.is_some() && args.run.is_none());
     for version in ["v1.0.0", "01.0.0", "1.0"] {
         assert!(
             parse(&[
