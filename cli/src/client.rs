@@ -2,19 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fwpush_device::{
-    TcpDial,
-    channel::{self, ChannelSettings},
-};
-use fwpush_keys::tls::{self, Credentials};
+use fwpush_keys::tls;
 use fwpush_proto::v1::admin_service_client::AdminServiceClient;
-use rustls::{pki_types::CertificateDer, time_provider::DefaultTimeProvider};
 use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
     config::OperatorConfig,
-    disk,
-    failure::{Doing as _, Failure, NextStep as _, Result},
+    connect,
+    failure::{Failure, Result},
     limits,
 };
 
@@ -32,14 +27,14 @@ pub struct Client {
 impl Client {
     /// Reads certificates and connects.
     pub async fn connect(config: OperatorConfig) -> Result<Self> {
-        let tls = Arc::new(client_tls(&config)?);
-        let admin = dial(&config, &tls).await?;
+        let tls = Arc::new(connect::settings(&config)?);
+        let admin = connect::connect(&config, &tls).await?;
         Ok(Self { config, tls, admin })
     }
 
     /// Connects anew after the connection was lost.
     pub async fn reconnect(&mut self) -> Result<()> {
-        self.admin = dial(&self.config, &self.tls).await?;
+        self.admin = connect::connect(&self.config, &self.tls).await?;
         Ok(())
     }
 
@@ -97,8 +92,8 @@ impl Client {
     /// A status in plain words, with the next step where the code tells it.
     pub fn refused(&self, what: &str, status: &Status) -> Failure {
         let server = &self.config.server;
-        if is_lost(status) {
-            let why = tls::explain(status);
+        if let Some(source) = std::error::Error::source(status) {
+            let why = tls::explain(source);
             return Failure::new(format!(
                 "{what}: the connection to {server} was lost: {why}"
             ))
@@ -110,9 +105,8 @@ impl Client {
         };
         let failure = Failure::new(format!("{what}: {message}"));
         match status.code() {
-            Code::DeadlineExceeded => {
-                failure.next("The server is slow or stuck: look at its log. Repeating the command is safe.")
-            }
+            Code::Unavailable | Code::DeadlineExceeded => failure
+                .next("Look at the server's log if it stays so. Repeating the command is safe."),
             Code::Unauthenticated => failure.next(format!(
                 "This command acts as operator {} with the certificate {}.",
                 self.config.operator,
@@ -126,64 +120,10 @@ impl Client {
     }
 }
 
-/// Whether a call failed because the connection did, so that it may be tried again on a new one.
+/// Whether a call failed because the connection or the server did for now, so that it may be tried again on a new
+/// connection.
 pub fn is_lost(status: &Status) -> bool {
     status.code() == Code::Unavailable || std::error::Error::source(status).is_some()
-}
-
-fn client_tls(config: &OperatorConfig) -> Result<rustls::ClientConfig> {
-    let credentials = Credentials::from_pem(
-        &disk::read_text(&config.certificate)?,
-        &disk::read_text(&config.key)?,
-    )
-    .doing(|| {
-        format!(
-            "use {} with {}",
-            config.certificate.display(),
-            config.key.display()
-        )
-    })
-    .next_step(|| {
-        format!(
-            "{} must name a certificate and its key.",
-            config.path.display()
-        )
-    })?;
-    tls::client_config(
-        credentials,
-        certificates(&config.node_ca)?,
-        &config.trust_domain,
-        Arc::new(DefaultTimeProvider),
-    )
-    .doing(|| format!("use the certificates that {} names", config.path.display()))
-}
-
-/// The certificates in a PEM file; at least one.
-fn certificates(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>> {
-    tls::certificates_from_pem(&disk::read_text(path)?)
-        .doing(|| format!("read certificates from {}", path.display()))
-}
-
-async fn dial(config: &OperatorConfig, tls: &Arc<rustls::ClientConfig>) -> Result<Admin> {
-    let settings = ChannelSettings {
-        // Backups and listings come to us: a window for 100 ms at 1 Gbit/s.
-        stream_window_bytes: 8 << 20,
-        connection_window_bytes: 16 << 20,
-        connect_timeout: Duration::from_secs(10),
-        ..ChannelSettings::default()
-    };
-    let server = &config.server;
-    let connection = channel::connect(&settings, server, tls.clone(), &TcpDial)
-        .await
-        .map_err(|error| {
-            Failure::new(format!("connect to {server}: {}", tls::explain(&error))).next(format!(
-                "Is the server running (`fwpush serve --dir DIR`)? {} says where it is.",
-                config.path.display()
-            ))
-        })?;
-    Ok(AdminServiceClient::new(connection.channel)
-        .max_decoding_message_size(limits::ANSWER_BYTES)
-        .max_encoding_message_size(limits::ANSWER_BYTES))
 }
 
 /// Waits that grow from [`limits::RETRY_FIRST`] to [`limits::RETRY_MOST`].

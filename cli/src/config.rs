@@ -41,6 +41,14 @@ impl OperatorConfig {
         Self::load(&find_operator_config(dir)?)
     }
 
+    /// The same for commands that also work without one, such as signing on an offline machine.
+    pub fn find_optional(dir: Option<&Path>) -> Result<Option<Self>> {
+        match find_operator_config(dir) {
+            Ok(path) => Self::load(&path).map(Some),
+            Err(_) => Ok(None),
+        }
+    }
+
     /// Reads a configuration; relative paths in it start from its directory.
     pub fn load(path: &Path) -> Result<Self> {
         let text = disk::read_text(path).map_err(Failure::as_usage)?;

@@ -9,6 +9,7 @@ pub mod args;
 pub mod backup;
 pub mod client;
 pub mod config;
+mod connect;
 pub mod demo;
 pub mod device;
 pub mod disk;
@@ -73,14 +74,9 @@ impl Context {
 
     /// The operator's root document, where there is an operator's configuration. For commands that also work without.
     pub fn local_root(&self) -> Result<Option<Verified<Root>>> {
-        match OperatorConfig::find(self.dir()) {
-            Ok(config) => trust::read_root(&config.root).map(Some),
-            Err(failure) if config::chosen_dir(self.dir()).is_none() => {
-                tracing::debug!(%failure, "No operator's configuration.");
-                Ok(None)
-            }
-            Err(failure) => Err(failure),
-        }
+        OperatorConfig::find_optional(self.dir())?
+            .map(|config| trust::read_root(&config.root))
+            .transpose()
     }
 }
 
@@ -159,5 +155,109 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Keys(args) => Box::pin(keys::run(&context, args)).await,
         Command::Backup(args) => backup::run(&context, args).await,
         Command::Restore(args) => restore::run(&context, args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn each(command: &clap::Command, path: &str, see: &mut impl FnMut(&str, &clap::Command)) {
+        see(path, command);
+        for sub in command
+            .get_subcommands()
+            .filter(|sub| sub.get_name() != "help")
+        {
+            each(sub, &format!("{path} {}", sub.get_name()), see);
+        }
+    }
+
+    #[test]
+    fn every_command_explains_itself_with_an_example() {
+        Cli::command().debug_assert();
+        each(&Cli::command(), "fwpush", &mut |path, command| {
+            assert!(
+                command.get_about().is_some(),
+                "{path} says nothing of itself"
+            );
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(
+                help.contains("Example") && help.contains(path),
+                "{path} shows no example: {help}"
+            );
+        });
+    }
+
+    /// What follows `fwpush` in the examples of the help, up to a pipe or redirection.
+    fn examples() -> Vec<String> {
+        let mut found = Vec::new();
+        each(&Cli::command(), "fwpush", &mut |_, command| {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            let lines = help
+                .lines()
+                .map(str::trim)
+                .filter(|line| line.starts_with("fwpush "));
+            found.extend(lines.map(|line| {
+                let line = line.split("   ").next().unwrap_or(line);
+                line.split(" > ").next().unwrap_or(line).to_owned()
+            }));
+        });
+        found
+    }
+
+    #[test]
+    fn the_examples_can_be_typed() {
+        let id = "0190d7a2-7e4a-7c52-a05a-1f4f0d7f3b11";
+        assert!(examples().len() > 40, "the examples are found: {}", examples().len());
+        for example in examples() {
+            let line = example
+                .replace("KEYID", &"0".repeat(64))
+                .replace(" ID", &format!(" {id}"));
+            // Quotes hold words together, as in a shell.
+            let words = line
+                .split('\'')
+                .enumerate()
+                .flat_map(|(at, part)| match at % 2 {
+                    0 => part
+                        .split_whitespace()
+                        .map(str::to_owned)
+                        .collect::<Vec<_>>(),
+                    _ => vec![part.to_owned()],
+                });
+            // `--release ID='words'` is one argument in a shell.
+            let words = words.fold(Vec::<String>::new(), |mut words, word| {
+                match words.last_mut().filter(|last| last.ends_with('=')) {
+                    Some(last) => last.push_str(&word),
+                    None => words.push(word),
+                }
+                words
+            });
+            if let Err(error) = parse(words.into_iter().map(OsString::from)) {
+                panic!("{example}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_usage_and_help_have_their_exit_codes() {
+        let code = |line: &[&str]| format!("{:?}", main(line.iter().map(OsString::from)));
+        assert_eq!(
+            code(&["fwpush", "--help"]),
+            format!("{:?}", ExitCode::SUCCESS)
+        );
+        assert_eq!(
+            code(&["fwpush", "nonsense"]),
+            format!("{:?}", ExitCode::from(2))
+        );
+        assert_eq!(
+            code(&["fwpush", "--dir", "/nonexistent", "device", "list"]),
+            format!("{:?}", ExitCode::from(2))
+        );
     }
 }

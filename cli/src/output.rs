@@ -23,12 +23,12 @@ impl Output {
     /// Prints data: `json` as one line with `--json`, else the text that `text` makes.
     /// A reader that went away (`| head`) is no error.
     pub fn data(&self, json: impl FnOnce() -> Value, text: impl FnOnce() -> String) -> Result<()> {
-        let line = if self.json {
+        let text = if self.json {
             json_line(&json())
         } else {
-            text()
+            escape_lines(&text())
         };
-        print(&line)
+        print(&text)
     }
 
     /// Says something to the person: on stderr, so that stdout stays data.

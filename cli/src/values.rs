@@ -166,7 +166,7 @@ impl Expiry {
     pub const YEAR: Self = Self::After(Duration::from_secs(365 * 86_400));
 
     /// The moment meant. Fails when it is not after `now`, or beyond what a date can say.
-    pub fn from(self, now: Timestamp) -> Result<Timestamp, BadValue> {
+    pub fn resolve(self, now: Timestamp) -> Result<Timestamp, BadValue> {
         match self {
             Self::After(life) => {
                 i64::try_from(life.as_millis())
@@ -375,17 +375,17 @@ mod tests {
     fn an_expiry_is_days_hours_or_a_time() {
         let now = Timestamp::from_ms(1_000_500);
         assert_eq!(
-            "1d".parse::<Expiry>().unwrap().from(now).unwrap(),
+            "1d".parse::<Expiry>().unwrap().resolve(now).unwrap(),
             Timestamp::from_ms(87_400_000)
         );
         assert_eq!(
-            "2h".parse::<Expiry>().unwrap().from(now).unwrap(),
+            "2h".parse::<Expiry>().unwrap().resolve(now).unwrap(),
             Timestamp::from_ms(8_200_000)
         );
         let at: Expiry = "2027-01-31T00:00:00Z".parse().unwrap();
-        assert!(at.from(now).is_ok());
+        assert!(at.resolve(now).is_ok());
         assert!(
-            at.from(Timestamp::parse_rfc3339_z("2027-01-31T00:00:00Z").unwrap())
+            at.resolve(Timestamp::parse_rfc3339_z("2027-01-31T00:00:00Z").unwrap())
                 .is_err(),
             "must lie ahead"
         );

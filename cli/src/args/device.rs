@@ -9,6 +9,10 @@ use crate::values::{ByteCount, HwRevision};
 
 /// Add, look at and block devices
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  fwpush device add gw-1 --product gateway --hw board-a:3 --out gw-1
+  fwpush device list")]
 pub struct DeviceArgs {
     #[command(subcommand)]
     pub command: DeviceCommand,

@@ -9,6 +9,10 @@ use crate::values::{Expiry, OfProduct, ProductMax, RevokeRelease};
 
 /// Trust documents: who may sign what, and what was revoked
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  fwpush keys show
+  fwpush keys rotate-root --add-product meter --out 2.root.json")]
 pub struct KeysArgs {
     #[command(subcommand)]
     pub command: KeysCommand,

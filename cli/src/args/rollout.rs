@@ -8,6 +8,11 @@ use crate::values::Target;
 
 /// Start, watch and stop rollouts
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  fwpush rollout list
+  fwpush rollout start --release ID --to gw-1,gw-2
+  fwpush rollout show ID --follow")]
 pub struct RolloutArgs {
     #[command(subcommand)]
     pub command: RolloutCommand,

@@ -113,7 +113,7 @@ fn next_list(
     let issued = Timestamp::from_ms(now.as_secs() * 1_000);
     let expires = args
         .expires
-        .from(now)
+        .resolve(now)
         .map_err(|error| Failure::usage(format!("--expires: {error}")))?;
     let held_counter = held.map_or(0, |list| list.min_security_counter);
     let counter = args.min_security_counter.unwrap_or(held_counter);

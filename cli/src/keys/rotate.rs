@@ -89,7 +89,7 @@ fn next_root(args: &KeysRotateRoot, present: &Root, now: Timestamp) -> Result<Ro
     let issued = Timestamp::from_ms(now.as_secs() * 1_000);
     let expires = args
         .expires
-        .from(now)
+        .resolve(now)
         .map_err(|error| Failure::usage(format!("--expires: {error}")))?;
     let mut next = present.next(issued, expires);
 

@@ -37,7 +37,7 @@ pub fn manifest(
     let issued = Timestamp::from_ms(now.as_secs() * 1_000);
     let expires = args
         .expires
-        .from(now)
+        .resolve(now)
         .map_err(|error| Failure::usage(format!("--expires: {error}")))?;
     let hw = args
         .hw
