@@ -133,7 +133,7 @@ impl Server {
         let sessions = Sessions::new(db.now());
         let access = Access::new(db.clone(), db.blocked_ids().await?);
         let ingest = Ingest::start(db.clone(), engine_stop.clone());
-        let driver = driver::start(db.clone(), sessions.clone(), config.node_id.clone(), engine_stop.clone());
+        let driver = driver::start(db.clone(), sessions.clone(), config.node_id.clone(), engine_stop.clone()).await?;
         let tunables = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
 
         let devices_socket = listen::bind(config.listen.devices).await.map_err(StartError::Listen)?;

@@ -141,8 +141,8 @@ CREATE TABLE rollout_devices (
   offered_at_ms INTEGER,
   created_at_ms INTEGER NOT NULL,
   updated_at_ms INTEGER NOT NULL,
-  -- The device's record was removed since: a new record of that id may join again.
-  forgotten INTEGER NOT NULL DEFAULT 0,
+  -- The device may join this rollout again: it was never fit for it so far, or its record was removed since.
+  rejoin INTEGER NOT NULL DEFAULT 0,
   PRIMARY KEY (rollout_id, device_id)
 ) STRICT;
 -- A device has at most one update that has not ended.

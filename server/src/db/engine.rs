@@ -255,7 +255,7 @@ impl Engine {
     ) -> Result<Vec<Row>, DbError> {
         match self {
             Self::Sqlite { readers, .. } => {
-                let rows = sqlx::query_with(sql, bind(params)).fetch_all(readers).await;
+                let rows = query(sql, params).fetch_all(readers).await;
                 rows.map(sqlite_rows)
                     .map_err(|error| DbError::of(what, error))
             }
@@ -275,7 +275,7 @@ impl Engine {
                 // Made of literals of this crate only.
                 let sql = AssertSqlSafe(rows.sqlite(sql));
                 params.insert(0, Param::Text(Some(rows.json())));
-                let rows = sqlx::query_with(sql, bind(params)).fetch_all(readers).await;
+                let rows = query(sql, params).fetch_all(readers).await;
                 rows.map(sqlite_rows)
                     .map_err(|error| DbError::of(what, error))
             }
@@ -335,6 +335,15 @@ fn bind(params: Vec<Param>) -> SqliteArguments {
         );
     }
     arguments
+}
+
+type SqliteQuery = sqlx::query::Query<'static, Sqlite, SqliteArguments>;
+
+fn query(sql: impl SqlSafeStr, params: Vec<Param>) -> SqliteQuery {
+    let sql = sql.into_sql_str();
+    #[cfg(test)]
+    plans::record(sql.as_str(), &params);
+    sqlx::query_with(sql, bind(params))
 }
 
 fn sqlite_rows(rows: Vec<SqliteRow>) -> Vec<Row> {
@@ -401,7 +410,7 @@ impl Tx {
     ) -> Result<u64, DbError> {
         match &mut self.inner {
             TxInner::Sqlite(tx) => {
-                let done = sqlx::query_with(sql, bind(params)).execute(&mut **tx).await;
+                let done = query(sql, params).execute(&mut **tx).await;
                 done.map(|done| done.rows_affected())
                     .map_err(|error| DbError::of(what, error))
             }
@@ -441,9 +450,7 @@ impl Tx {
     ) -> Result<Vec<Row>, DbError> {
         match &mut self.inner {
             TxInner::Sqlite(tx) => {
-                let rows = sqlx::query_with(sql, bind(params))
-                    .fetch_all(&mut **tx)
-                    .await;
+                let rows = query(sql, params).fetch_all(&mut **tx).await;
                 rows.map(sqlite_rows)
                     .map_err(|error| DbError::of(what, error))
             }
@@ -631,5 +638,47 @@ impl On<'_> {
         params: Vec<Param>,
     ) -> Result<Option<Row>, DbError> {
         Ok(self.rows(what, sql, params).await?.into_iter().next())
+    }
+}
+
+/// How the engine means to run the statements of a test.
+#[cfg(test)]
+pub(crate) mod plans {
+    use std::{cell::RefCell, future::Future};
+
+    use super::{Engine, Param, bind};
+
+    tokio::task_local! {
+        static RECORD: RefCell<Vec<(String, Vec<Param>)>>;
+    }
+
+    pub(super) fn record(sql: &str, params: &[Param]) {
+        // Outside of a recording there is nothing to note.
+        let _ =
+            RECORD.try_with(|record| record.borrow_mut().push((sql.to_owned(), params.to_vec())));
+    }
+
+    /// Runs `work` and gives the plan of each statement that it ran: SQLite's lines, each with its statement.
+    pub(crate) async fn of(
+        engine: &Engine,
+        work: impl Future<Output = ()>,
+    ) -> Vec<(String, String)> {
+        let recording = RECORD.scope(RefCell::default(), async {
+            work.await;
+            RECORD.with(RefCell::take)
+        });
+        let Engine::Sqlite { readers, .. } = engine;
+        let mut lines = Vec::new();
+        for (sql, params) in recording.await {
+            let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));
+            for row in sqlx::query_with(explain, bind(params))
+                .fetch_all(readers)
+                .await
+                .unwrap()
+            {
+                lines.push((sqlx::Row::get::<String, _>(&row, "detail"), sql.clone()));
+            }
+        }
+        lines
     }
 }

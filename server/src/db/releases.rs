@@ -13,6 +13,7 @@ use fwpush_keys::{
     trust::Verified,
 };
 use semver::Version;
+use serde_json::json;
 
 use super::{
     Db, DbError,
@@ -311,7 +312,7 @@ impl Db {
     }
 
     /// Makes exactly `revoked` the revoked releases of `product`, as its newest list says, and has their rollouts ended. Ids of
-    /// releases that were never published here are ignored.
+    /// releases that were never published here are ignored. So already: changes nothing.
     pub async fn set_revoked(
         &self,
         product: &Product,
@@ -319,30 +320,33 @@ impl Db {
         actor: &str,
     ) -> Result<(), DbError> {
         const REVOKE: &str = "revoke releases";
-        const SET: &str = "UPDATE releases SET revoked = CASE WHEN release_id IN (SELECT x.release_id FROM {rows} AS x) \
-            THEN 1 ELSE 0 END WHERE product = $2";
-        const CLEAR: &str = "UPDATE releases SET revoked = 0 WHERE product = $1";
+        const HELD: &str = "SELECT release_id, revoked FROM releases WHERE product = $1";
+        const SET: &str = "UPDATE releases SET revoked = x.revoked FROM {rows} AS x WHERE releases.release_id = x.release_id";
         // The driver looks at them again and ends them.
         const DRIVE: &str = "UPDATE rollouts SET driven = 1 WHERE product = $1 AND state IN (1, 2) \
             AND release_id IN (SELECT release_id FROM releases WHERE product = $1 AND revoked = 1)";
         let mut tx = self.begin().await?;
-        let rows = Rows::column(&["release_id"], revoked);
-        if rows.is_empty() {
-            tx.execute(REVOKE, CLEAR, params![product.as_str()]).await?;
-        } else {
-            tx.execute_for(REVOKE, SET, rows, params![product.as_str()])
-                .await?;
+        let mut changed = Rows::of(&["release_id", "revoked"]);
+        for row in tx.rows(REVOKE, HELD, params![product.as_str()]).await? {
+            let id: ReleaseId = row.parse("release_id")?;
+            let now_revoked = revoked.contains(&id);
+            if row.bool("revoked")? != now_revoked {
+                changed.push(json!([id.to_string(), i64::from(now_revoked)]));
+            }
         }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let details = format!(
+            "{product}: {} releases changed, {} are revoked",
+            changed.len(),
+            revoked.len()
+        );
+        tx.execute_for(REVOKE, SET, changed, vec![]).await?;
         tx.execute(REVOKE, DRIVE, params![product.as_str()]).await?;
-        let details = format!("{product}: {} releases revoked", revoked.len());
         insert_events(
             &mut tx,
-            &[NewEvent::audit(
-                None,
-                "REVOCATION_PUBLISHED",
-                details,
-                actor,
-            )],
+            &[NewEvent::audit(None, "RELEASES_REVOKED", details, actor)],
         )
         .await?;
         tx.commit().await?;

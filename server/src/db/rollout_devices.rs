@@ -72,6 +72,7 @@ fn update_row(row: &Row, refs: &Refs) -> Result<UpdateRow, DbError> {
         created_at: row.time("created_at_ms")?,
         updated_at: row.time("updated_at_ms")?,
         stored: Some(stored),
+        may_rejoin: false,
         changed: false,
         announce: false,
     })
@@ -102,12 +103,12 @@ pub(super) async fn open(
         .collect()
 }
 
-/// What a device's row in a rollout holds that it may join again or not.
+/// A device's part in a rollout, as far as it matters for joining again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Past {
     pub stored: Stored,
-    /// It is an earlier record's: the present one was not part of the rollout.
-    pub forgotten: bool,
+    /// The device was never fit so far, or the row is an earlier record's.
+    pub may_rejoin: bool,
 }
 
 /// The rows of such of `pairs` as have one.
@@ -115,7 +116,7 @@ pub(crate) async fn past(
     on: &mut On<'_>,
     pairs: impl IntoIterator<Item = (DeviceId, RolloutId)>,
 ) -> Result<BTreeMap<(DeviceId, RolloutId), Past>, DbError> {
-    const PAST: &str = "SELECT r.device_id, r.rollout_id, r.wave, r.phase, r.bytes_done, r.bytes_total, r.forgotten \
+    const PAST: &str = "SELECT r.device_id, r.rollout_id, r.wave, r.phase, r.bytes_done, r.bytes_total, r.rejoin \
         FROM {rows} AS x JOIN rollout_devices AS r ON r.rollout_id = x.rollout_id AND r.device_id = x.device_id";
     let mut wanted = Rows::of(&["device_id", "rollout_id"]);
     for (device, rollout) in pairs {
@@ -131,7 +132,7 @@ pub(crate) async fn past(
         .map(|row| {
             let past = Past {
                 stored: stored(row)?,
-                forgotten: row.bool("forgotten")?,
+                may_rejoin: row.bool("rejoin")?,
             };
             Ok(((row.parse("device_id")?, row.parse("rollout_id")?), past))
         })
@@ -158,6 +159,7 @@ const COLUMNS: &[&str] = &[
     "offered_at_ms",
     "created_at_ms",
     "updated_at_ms",
+    "rejoin",
 ];
 
 fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> Rows {
@@ -186,12 +188,13 @@ fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> 
             row.offered_at.map(Timestamp::as_ms),
             row.created_at.as_ms(),
             row.updated_at.as_ms(),
+            i64::from(row.may_rejoin),
         ]));
     }
     values
 }
 
-/// Updates rows that exist; one that an earlier record left behind becomes the present record's.
+/// Updates rows that exist, also of devices that join again.
 pub(super) async fn update(
     tx: &mut Tx,
     rows: &[(&DeviceId, &UpdateRow)],
@@ -201,7 +204,7 @@ pub(super) async fn update(
         attempt = x.attempt, rev = COALESCE(x.rev, rollout_devices.rev), report_boot = x.report_boot, \
         report_seq = x.report_seq, bytes_done = x.bytes_done, bytes_total = x.bytes_total, error_code = x.error_code, \
         error_message = x.error_message, deadline_at_ms = x.deadline_at_ms, offered_at_ms = x.offered_at_ms, \
-        created_at_ms = x.created_at_ms, updated_at_ms = x.updated_at_ms, forgotten = 0 \
+        created_at_ms = x.created_at_ms, updated_at_ms = x.updated_at_ms, rejoin = x.rejoin \
         FROM {rows} AS x WHERE rollout_devices.rollout_id = x.rollout_id AND rollout_devices.device_id = x.device_id";
     tx.execute_for("save updates of devices", UPDATE, values(rows, rev), vec![])
         .await
@@ -216,10 +219,10 @@ pub(super) async fn insert(
 ) -> Result<(), DbError> {
     const INSERT: &str = "INSERT INTO rollout_devices (rollout_id, device_id, wave, hash, phase, generation, attempt, rev, \
         report_boot, report_seq, bytes_done, bytes_total, error_code, error_message, deadline_at_ms, offered_at_ms, \
-        created_at_ms, updated_at_ms) \
+        created_at_ms, updated_at_ms, rejoin) \
         SELECT x.rollout_id, x.device_id, x.wave, x.hash, x.phase, x.generation, x.attempt, COALESCE(x.rev, 0), \
         x.report_boot, x.report_seq, x.bytes_done, x.bytes_total, x.error_code, x.error_message, x.deadline_at_ms, \
-        x.offered_at_ms, x.created_at_ms, x.updated_at_ms FROM {rows} AS x";
+        x.offered_at_ms, x.created_at_ms, x.updated_at_ms, x.rejoin FROM {rows} AS x";
     tx.execute_for(
         "add devices to a rollout",
         INSERT,
@@ -230,9 +233,10 @@ pub(super) async fn insert(
     .map(|_| ())
 }
 
-/// The device's record goes: what it did stays on show, and a later record of the same id may join the same rollouts.
+/// The device's record goes: what it did stays on show, and a later record of the same id may join
+/// the same rollouts.
 pub(super) async fn forget(tx: &mut Tx, device: &DeviceId) -> Result<(), DbError> {
-    const FORGET: &str = "UPDATE rollout_devices SET forgotten = 1 WHERE device_id = $1";
+    const FORGET: &str = "UPDATE rollout_devices SET rejoin = 1 WHERE device_id = $1";
     tx.execute(
         "forget a device's updates",
         FORGET,
@@ -447,7 +451,8 @@ impl Db {
         device: &DeviceId,
         limit: u32,
     ) -> Result<Vec<RolloutDeviceRow>, DbError> {
-        const LIST: &str = "SELECT * FROM rollout_devices WHERE device_id = $1 AND forgotten = 0 \
+        const LIST: &str = "SELECT * FROM rollout_devices WHERE device_id = $1 \
+            AND created_at_ms >= (SELECT d.created_at_ms FROM devices AS d WHERE d.device_id = $1) \
             ORDER BY created_at_ms DESC, rollout_id DESC LIMIT $2";
         let values = params![device.as_str(), limit.min(limits::PAGE_MAX)];
         let rows = self

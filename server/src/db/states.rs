@@ -98,14 +98,14 @@ pub(crate) async fn save(tx: &mut Tx, states: Vec<DeviceState>) -> Result<Saved,
     let revs = touch(tx, &changes).await?;
     save_devices(tx, &states).await?;
     let rev = |row: &UpdateRow| revs.get(&row.rollout.rollout_id).copied().unwrap_or(0);
-    // Ended rows before new ones: a device has at most one that is open.
-    let old: Vec<(&DeviceId, &UpdateRow)> = changed(&states)
-        .filter(|(_, row)| row.stored.is_some())
-        .collect();
-    let new: Vec<(&DeviceId, &UpdateRow)> = changed(&states)
-        .filter(|(_, row)| row.stored.is_none())
-        .collect();
-    rollout_devices::update(tx, &old, rev).await?;
+    // Ended rows first: a device has at most one that is open.
+    let (known, new): (Vec<_>, Vec<_>) =
+        changed(&states).partition(|(_, row)| row.stored.is_some());
+    let (ended, open): (Vec<_>, Vec<_>) = known
+        .into_iter()
+        .partition(|(_, row)| row.phase.is_terminal());
+    rollout_devices::update(tx, &ended, rev).await?;
+    rollout_devices::update(tx, &open, rev).await?;
     rollout_devices::insert(tx, &new, rev).await?;
     counters::add(tx, &counts).await?;
     let events: Vec<_> = states.into_iter().flat_map(|state| state.events).collect();

@@ -100,10 +100,38 @@ pub(crate) fn enter(
 /// Rows that devices have in rollouts already.
 pub(crate) type Pasts = BTreeMap<(DeviceId, RolloutId), Past>;
 
-/// True when the device was part of the rollout, under its present record.
-pub(crate) fn was_in(state: &DeviceState, rollout: &RolloutRef, past: &Pasts) -> bool {
+/// A device's earlier part in a rollout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    /// None that counts.
+    None,
+    /// It has just turned out to be unfit, and may join once it is fit.
+    NotNow,
+    Over,
+}
+
+fn part(state: &DeviceState, rollout: &RolloutRef, past: &Pasts) -> Part {
+    let ended = state
+        .ended
+        .iter()
+        .find(|row| row.rollout.rollout_id == rollout.rollout_id);
+    if let Some(row) = ended {
+        return if row.may_rejoin {
+            Part::NotNow
+        } else {
+            Part::Over
+        };
+    }
     let key = (state.record.client_id.clone(), rollout.rollout_id);
-    past.get(&key).is_some_and(|past| !past.forgotten)
+    match past.get(&key) {
+        Some(past) if !past.may_rejoin => Part::Over,
+        _ => Part::None,
+    }
+}
+
+/// True when the device had its part in the rollout.
+pub(crate) fn was_in(state: &DeviceState, rollout: &RolloutRef, past: &Pasts) -> bool {
+    part(state, rollout, past) != Part::None
 }
 
 fn fits(state: &DeviceState, rollout: &RolloutRef, past: &Pasts, now: Timestamp) -> bool {
@@ -151,8 +179,10 @@ impl Open {
         now: Timestamp,
     ) -> Option<&'a Arc<RolloutRef>> {
         for rollout in self.candidates(state) {
-            if was_in(state, rollout, past) {
-                return None;
+            match part(state, rollout, past) {
+                Part::None => {}
+                Part::NotNow => continue,
+                Part::Over => return None,
             }
             if !rollout.release.may_be_offered(now) {
                 continue;

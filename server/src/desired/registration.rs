@@ -71,6 +71,7 @@ impl DeviceState {
             let why =
                 ReportError::new("FACTS_DIFFER", "the device's claim differs from its record");
             self.end_by_server(Phase::Cancelled, DesiredAction::Hold, why, now);
+            self.may_rejoin();
         }
     }
 
@@ -143,6 +144,7 @@ impl DeviceState {
         if let Err(unfit) = judge(&rollout.release, rollout.action, &self.record) {
             let why = ReportError::new(unfit.as_str(), "found out when the device connected");
             self.end_by_server(Phase::Cancelled, DesiredAction::Hold, why, now);
+            self.may_rejoin();
         }
     }
 }

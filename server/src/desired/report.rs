@@ -78,9 +78,11 @@ impl DeviceState {
             Decision::Accepted => self.advance(Phase::Accepted, now),
             Decision::Rejected => self.end(Phase::Rejected, error, now),
             Decision::Deferred { until } => {
-                if let Some(row) = self.row.as_mut().filter(|row| {
-                    row.phase.may_become(Phase::Deferred) || row.phase == Phase::Deferred
-                }) {
+                if let Some(row) = self
+                    .row
+                    .as_mut()
+                    .filter(|row| row.phase.may_become(Phase::Deferred))
+                {
                     row.error = error;
                     row.enter(Phase::Deferred, Some(until), now);
                 }

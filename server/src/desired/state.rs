@@ -57,6 +57,8 @@ pub(crate) struct UpdateRow {
     pub updated_at: Timestamp,
     /// What the counters hold of this row; None for a row that is not stored yet.
     pub stored: Option<Stored>,
+    /// This part in the rollout does not count: the device may join again.
+    pub may_rejoin: bool,
     pub changed: bool,
     /// The device should do something else now: the row gets the rollout's next revision.
     pub announce: bool,
@@ -72,13 +74,8 @@ pub(crate) struct Stored {
 }
 
 impl UpdateRow {
-    /// A row for a device that joins `rollout`. `forgotten` is the row that an earlier record of the same id left behind.
-    fn new(
-        rollout: &Arc<RolloutRef>,
-        device: &str,
-        forgotten: Option<Stored>,
-        now: Timestamp,
-    ) -> Self {
+    /// A row for a device that joins `rollout`; `past` is what is stored of an earlier part in it.
+    fn new(rollout: &Arc<RolloutRef>, device: &str, past: Option<Stored>, now: Timestamp) -> Self {
         Self {
             rollout: Arc::clone(rollout),
             wave: 0,
@@ -94,7 +91,8 @@ impl UpdateRow {
             offered_at: None,
             created_at: now,
             updated_at: now,
-            stored: forgotten,
+            stored: past,
+            may_rejoin: false,
             changed: true,
             announce: false,
         }
@@ -188,14 +186,14 @@ impl DeviceState {
     pub(crate) fn choose(
         &mut self,
         rollout: &Arc<RolloutRef>,
-        forgotten: Option<Stored>,
+        past: Option<Stored>,
         now: Timestamp,
     ) {
         debug_assert!(self.row.is_none(), "a device has at most one open update");
         self.row = Some(UpdateRow::new(
             rollout,
             self.record.client_id.as_str(),
-            forgotten,
+            past,
             now,
         ));
     }
@@ -258,6 +256,13 @@ impl DeviceState {
         }
     }
 
+    /// The row that just ended does not count: the device may join the rollout again when it is fit.
+    pub(super) fn may_rejoin(&mut self) {
+        if let Some(row) = self.ended.last_mut() {
+            row.may_rejoin = true;
+        }
+    }
+
     /// Asks the device to give up an update that it may have on trial: only its own report ends the row. Asked before: nothing.
     pub(crate) fn ask_to_abort(&mut self, now: Timestamp) {
         let Some(mut row) = self.row.take() else {
@@ -317,7 +322,3 @@ impl DeviceState {
             .push(NewEvent::of_device(&self.record.client_id, kind, details));
     }
 }
-
-#[cfg(test)]
-#[path = "state_tests.rs"]
-mod tests;

@@ -96,21 +96,14 @@ impl Follower {
 }
 
 /// Follows until `stop`.
-pub(super) async fn follow(db: Db, sessions: Sessions, stop: CancellationToken) {
-    let mut follower = None;
+pub(super) async fn follow(mut follower: Follower, sessions: Sessions, stop: CancellationToken) {
+    let db = follower.db.clone();
     loop {
-        let result = match &mut follower {
-            None => Follower::new(db.clone())
-                .await
-                .map(|new| follower = Some(new)),
-            Some(follower) => {
-                let offer = |device: &DeviceId, desired| sessions.offer(device, desired);
-                follower
-                    .catch_up(|device| sessions.is_online(device), offer)
-                    .await
-            }
-        };
-        let sleep = match result {
+        let offer = |device: &DeviceId, desired| sessions.offer(device, desired);
+        let sleep = match follower
+            .catch_up(|device| sessions.is_online(device), offer)
+            .await
+        {
             Ok(()) => limits::FOLLOW_TICK.mul_f64(rand::random_range(0.8..1.2)),
             Err(DbError::Closed) => return,
             Err(error) => {

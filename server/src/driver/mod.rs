@@ -25,6 +25,7 @@ use crate::{
     rollout::{Rollout, Standing},
     session::Sessions,
 };
+use follower::Follower;
 use step::{Step, step};
 
 /// The running tasks.
@@ -41,13 +42,22 @@ impl Driver {
 }
 
 /// Starts driving rollouts as `node`; connected devices are told through `sessions`.
-pub fn start(db: Db, sessions: Sessions, node: NodeId, stop: CancellationToken) -> Driver {
+///
+/// Call it before devices can connect: what changes from its return on is told to those that are connected, and a device that
+/// connects learns by comparing what was before.
+pub async fn start(
+    db: Db,
+    sessions: Sessions,
+    node: NodeId,
+    stop: CancellationToken,
+) -> Result<Driver, DbError> {
+    let follower = Follower::new(db.clone()).await?;
     let tasks = TaskTracker::new();
     tasks.spawn(drive(db.clone(), LeaseHolder::new(node), stop.clone()));
-    tasks.spawn(follower::follow(db.clone(), sessions, stop.clone()));
+    tasks.spawn(follower::follow(follower, sessions, stop.clone()));
     tasks.spawn(housekeeping::keep_house(db, stop));
     tasks.close();
-    Driver { tasks }
+    Ok(Driver { tasks })
 }
 
 /// What the planner needs to know of a stored rollout.
@@ -145,6 +155,19 @@ async fn drive_one(
         }
     }
     pass.more = true;
+    Ok(())
+}
+
+/// Takes every step that is due, for tests without tasks.
+#[cfg(test)]
+pub(crate) async fn drive_now(db: &Db) -> Result<(), DbError> {
+    let holder = LeaseHolder::new(
+        "node-1"
+            .parse()
+            .map_err(|error| DbError::value("node", error))?,
+    );
+    let stop = CancellationToken::new();
+    while pass(db, &holder, &stop).await?.more {}
     Ok(())
 }
 

@@ -1,1 +1,222 @@
-//! Tests.
+//! The driver's tasks on a real database.
+
+use std::{cell::RefCell, time::Duration};
+
+use super::{follower::Follower, *};
+use crate::{
+    db::testing::{Bench, accepted, facts, file_ack, id, succeeded},
+    desired::DesiredAction,
+    rollout::{Phase, RolloutState},
+    rollouts::{self, Target},
+};
+
+/// What a follower hands over, as (device, action, generation).
+async fn offers(follower: &mut Follower) -> Vec<(String, DesiredAction, u64)> {
+    let offers = RefCell::new(Vec::new());
+    let offer = |device: &fwpush_keys::id::DeviceId,
+                 desired: std::sync::Arc<crate::desired::Desired>| {
+        offers
+            .borrow_mut()
+            .push((device.to_string(), desired.action, desired.generation));
+    };
+    follower
+        .catch_up(|device| device.as_str() != "offline", offer)
+        .await
+        .unwrap();
+    let mut offers = offers.into_inner();
+    offers.sort_by(|a, b| a.0.cmp(&b.0));
+    offers
+}
+
+#[tokio::test]
+async fn the_follower_tells_connected_devices_each_change_once() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b", "offline"]).await;
+    let (_, before) = bench.roll_out("1.0.1").await;
+    let mut follower = Follower::new(bench.db.clone()).await.unwrap();
+    assert_eq!(
+        offers(&mut follower).await,
+        [],
+        "what was before, devices learn when they connect"
+    );
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    let told = [
+        ("a".to_owned(), DesiredAction::Install, 3),
+        ("b".to_owned(), DesiredAction::Install, 3),
+    ];
+    let mut heard = offers(&mut follower).await;
+    heard.dedup();
+    assert_eq!(
+        heard, told,
+        "one desired state, though two rollouts changed it"
+    );
+    assert_eq!(offers(&mut follower).await, []);
+    bench.register("a", facts("1.0.0")).await;
+    bench.hear("a").await;
+    bench.say("a", accepted()).await;
+    bench.say("a", file_ack(&release)).await;
+    assert_eq!(
+        offers(&mut follower).await,
+        [],
+        "progress is no news to the device"
+    );
+    rollouts::abort(&bench.db, &rollout, "tester")
+        .await
+        .unwrap();
+    let told = [
+        ("a".to_owned(), DesiredAction::Abort, 4),
+        ("b".to_owned(), DesiredAction::Abort, 4),
+    ];
+    assert_eq!(offers(&mut follower).await, told);
+    bench.db.advance_clock(limits::FOLLOW_MARGIN * 2);
+    assert_eq!(offers(&mut follower).await, []);
+    assert_eq!(bench.state(&before).await, RolloutState::Superseded);
+}
+
+#[tokio::test]
+async fn a_follower_that_was_away_catches_up_with_whole_pages() {
+    let mut bench = Bench::sqlite().await;
+    let names: Vec<String> = (0..20).map(|n| format!("dev-{n:02}")).collect();
+    for name in &names {
+        bench.add(name).await;
+    }
+    let mut follower = Follower::new(bench.db.clone()).await.unwrap();
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    bench.hear("dev-03").await;
+    bench.db.advance_clock(limits::TIMEOUTS.reply);
+    bench.drive().await;
+    let told = offers(&mut follower).await;
+    assert_eq!(told.len(), 20);
+    assert!(
+        told.iter()
+            .all(|(_, action, generation)| (*action, *generation) == (DesiredAction::Install, 1))
+    );
+    assert_eq!(bench.phases(&rollout).await, [(Phase::Pending, 20)]);
+}
+
+#[tokio::test]
+async fn another_nodes_rollout_is_left_alone_until_its_lease_runs_out() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    let release = bench.publish("1.1.0").await;
+    let rollout = bench.start(&release, Target::All).await;
+    let other = LeaseHolder::new("node-2".parse().unwrap());
+    let mut tx = bench.db.begin().await.unwrap();
+    crate::db::hold_lease(
+        &mut tx,
+        &format!("rollout/{rollout}"),
+        &other,
+        limits::LEASE_LIFE,
+    )
+    .await
+    .unwrap();
+    tx.commit().await.unwrap();
+    let mine = LeaseHolder::new("node-1".parse().unwrap());
+    let idle = step(&bench.db, &mine, &rollout).await.unwrap();
+    assert!(matches!(idle, Step::Idle { wake_at: Some(_) }), "{idle:?}");
+    assert_eq!(bench.generation("a").await, 0);
+    bench.db.advance_clock(limits::LEASE_LIFE);
+    assert_eq!(step(&bench.db, &mine, &rollout).await.unwrap(), Step::Done);
+    assert_eq!(bench.generation("a").await, 1);
+}
+
+#[tokio::test]
+async fn a_settled_rollout_costs_the_driver_nothing() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    assert_eq!(rollouts::list(&bench.db, 0).await.unwrap().len(), 1);
+    bench.update("a", &release).await;
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Complete);
+    assert_eq!(
+        bench
+            .count("SELECT COUNT(*) AS n FROM rollouts WHERE driven = 1")
+            .await,
+        0
+    );
+    assert_eq!(bench.count("SELECT COUNT(*) AS n FROM leases").await, 0);
+}
+
+#[tokio::test]
+async fn old_history_goes_and_counts_and_audit_stay() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (release, first) = bench.roll_out("1.1.0").await;
+    bench.update("a", &release).await;
+    let (second_release, second) = bench.roll_out("1.2.0").await;
+    bench.update("a", &second_release).await;
+    bench.drive().await;
+    let before = bench.phases(&first).await;
+    bench
+        .db
+        .advance_clock(limits::HISTORY + Duration::from_secs(3_600));
+    housekeeping::clean_up(&bench.db).await.unwrap();
+    assert_eq!(bench.phases(&first).await, before);
+    let left = rollouts::devices(&bench.db, &first, None, None, 10)
+        .await
+        .unwrap();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(
+        rollouts::devices(&bench.db, &second, None, None, 10)
+            .await
+            .unwrap()
+            .len(),
+        2,
+        "still open to newcomers"
+    );
+    assert_eq!(bench.event_kinds("a").await, ["ADDED"]);
+    assert!(
+        bench
+            .count("SELECT COUNT(*) AS n FROM events WHERE kind = 'ROLLOUT_STARTED'")
+            .await
+            == 2
+    );
+}
+
+#[tokio::test]
+async fn the_running_driver_is_woken_by_changes() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let sessions = Sessions::new(bench.db.now());
+    let stop = CancellationToken::new();
+    let driver = start(
+        bench.db.clone(),
+        sessions.clone(),
+        "node-1".parse().unwrap(),
+        stop.clone(),
+    )
+    .await
+    .unwrap();
+    let session = sessions.claim(&id("a"), &"gateway".parse().unwrap(), None, vec![]);
+    let mut slot = session.desired.clone();
+    let release = bench.publish("1.1.0").await;
+    let rollout = bench.start(&release, Target::All).await;
+    // Far below the 30 s after which it would look by itself.
+    tokio::time::timeout(limits::DRIVER_TICK / 3, slot.changed())
+        .await
+        .expect("told")
+        .unwrap();
+    let desired = slot.borrow_and_update().clone().unwrap();
+    assert_eq!(
+        (desired.action, desired.rollout_id),
+        (DesiredAction::Install, Some(rollout))
+    );
+    bench.register("a", facts("1.0.0")).await;
+    bench.say("a", file_ack(&release)).await;
+    bench.say("a", succeeded(&release)).await;
+    rollouts::abort(&bench.db, &rollout, "tester")
+        .await
+        .unwrap();
+    let mut changes = bench.db.changes();
+    while bench
+        .count("SELECT COUNT(*) AS n FROM rollouts WHERE driven = 1")
+        .await
+        > 0
+    {
+        let _ = tokio::time::timeout(Duration::from_millis(50), changes.changed()).await;
+    }
+    stop.cancel();
+    driver.stopped().await;
+    drop(session);
+}

@@ -188,3 +188,57 @@ fn acks(
     }
     acks.into_values().collect()
 }
+
+/// Commits at once what the task would commit in its time.
+#[cfg(test)]
+pub(crate) mod testing {
+    use tokio::sync::oneshot;
+
+    use super::{AckSink, Db, DbError, DeviceId, Item, commit_once};
+    use crate::{desired::Facts, ingest::DeviceReport};
+
+    pub(crate) async fn report(
+        db: &Db,
+        report: DeviceReport,
+        ack: &AckSink,
+    ) -> Result<(), DbError> {
+        commit_once(
+            db,
+            &[Item::Report {
+                report,
+                ack: ack.clone(),
+            }],
+        )
+        .await
+    }
+
+    pub(crate) async fn register(db: &Db, device: &DeviceId, facts: Facts) -> Result<(), DbError> {
+        let (done, _) = oneshot::channel();
+        commit_once(
+            db,
+            &[Item::Register {
+                device: device.clone(),
+                facts: Box::new(facts),
+                done,
+            }],
+        )
+        .await
+    }
+
+    pub(crate) async fn heard(
+        db: &Db,
+        device: &DeviceId,
+        rollout: &fwpush_keys::id::RolloutId,
+        generation: u64,
+    ) -> Result<(), DbError> {
+        commit_once(
+            db,
+            &[Item::Heard {
+                device: device.clone(),
+                rollout: *rollout,
+                generation,
+            }],
+        )
+        .await
+    }
+}

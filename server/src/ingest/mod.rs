@@ -192,6 +192,9 @@ impl Ingest {
 }
 
 #[cfg(test)]
+pub(crate) use commit::testing;
+
+#[cfg(test)]
 mod model_tests;
 #[cfg(test)]
 mod tests;

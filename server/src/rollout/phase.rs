@@ -86,11 +86,12 @@ impl Phase {
         self as u8 >= Self::Verified as u8 && !self.is_terminal()
     }
 
-    /// Whether a report of `next` counts for a device in this phase: never backwards, never out of a terminal phase.
-    /// Accepting and deferring may take turns.
+    /// Whether a report of `next` counts for a device in this phase: never backwards, never out of a terminal phase. Only a device
+    /// that deferred decides anew, as often as it likes.
     pub fn may_become(self, next: Self) -> bool {
-        let decision = |phase| matches!(phase, Self::Accepted | Self::Deferred);
-        !self.is_terminal() && (next > self || decision(self) && decision(next))
+        let decides_anew =
+            self == Self::Deferred && matches!(next, Self::Accepted | Self::Deferred);
+        !self.is_terminal() && (next > self || decides_anew)
     }
 
     /// The phase's name in `fwpush.v1.Phase`, without its prefix.
@@ -175,13 +176,13 @@ mod tests {
     fn a_terminal_phase_stays_and_no_phase_goes_back() {
         for from in Phase::ALL {
             for to in Phase::ALL {
-                let deciding = from == Phase::Deferred && to == Phase::Accepted;
-                if from.may_become(to) {
-                    assert!(
-                        !from.is_terminal() && (to > from || deciding),
-                        "{from} to {to}"
-                    );
-                }
+                let anew =
+                    from == Phase::Deferred && matches!(to, Phase::Accepted | Phase::Deferred);
+                assert_eq!(
+                    from.may_become(to),
+                    !from.is_terminal() && (to > from || anew),
+                    "{from} to {to}"
+                );
             }
         }
     }
