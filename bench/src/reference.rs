@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use fwpush_keys::{
     FileId, Role, error_text,
-    tls::{Credentials, certificates_from_pem, server_config},
+    tls::{Bar, Credentials, certificates_from_pem, server_config},
 };
 use fwpush_server::{Config, files::FileStore};
 use http::{HeaderMap, HeaderValue, Request, Response};
@@ -56,6 +56,7 @@ impl Reference {
             credentials,
             &[(Role::Device, devices)],
             &config.trust_domain,
+            Bar::none(),
         )?;
         let store = FileStore::open(&config.files_dir()?)
             .map_err(|error| anyhow::anyhow!(error_text(&error)))?;

@@ -207,17 +207,37 @@ pub fn server_config(
     credentials: Credentials,
     authorities: &[(Role, Vec<CertificateDer<'static>>)],
     trust_domain: &TrustDomain,
+    bar: Bar,
 ) -> Result<ServerConfig, TlsError> {
-    server_config_at(
-        credentials,
-        authorities,
-        trust_domain,
-        Arc::new(DefaultTimeProvider),
-    )
+    let time = Arc::new(DefaultTimeProvider);
+    server_config_at(credentials, authorities, trust_domain, time, bar)
+}
+
+/// Names clients that are refused although their certificates are in order: blocked ones. They are told that their
+/// certificate is revoked, in the handshake, before anything of theirs is read.
+#[derive(Clone)]
+pub struct Bar(Arc<dyn Fn(&Identity) -> bool + Send + Sync>);
+
+impl Bar {
+    /// Refuses those for whom `barred` is true. It is asked in every handshake and must not wait for anything.
+    pub fn new(barred: impl Fn(&Identity) -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(barred))
+    }
+
+    /// Refuses nobody.
+    pub fn none() -> Self {
+        Self::new(|_| false)
+    }
+}
+
+impl fmt::Debug for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Bar")
+    }
 }
 
 /// Settings of a server. A client is accepted when exactly one role's authorities vouch for its certificate, it names that
-/// same role, and it belongs to `trust_domain`. Which roles a service admits is the service's to say.
+/// same role, it belongs to `trust_domain`, and it is not barred. Which roles a service admits is the service's to say.
 ///
 /// Fails when a role has no authority, two roles share one, or the credentials do not fit together.
 pub fn server_config_at(
@@ -225,9 +245,10 @@ pub fn server_config_at(
     authorities: &[(Role, Vec<CertificateDer<'static>>)],
     trust_domain: &TrustDomain,
     time: Arc<dyn TimeProvider>,
+    bar: Bar,
 ) -> Result<ServerConfig, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let verifier = RoleVerifier::new(authorities, trust_domain, &provider)?;
+    let verifier = RoleVerifier::new(authorities, trust_domain, &provider, bar)?;
     let mut config = ServerConfig::builder_with_details(provider, time)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(TlsError::Protocol)?
@@ -307,7 +328,7 @@ fn check_identity(
     leaf: &CertificateDer<'_>,
     authority: Role,
     trust_domain: &TrustDomain,
-) -> Result<(), PeerRefused> {
+) -> Result<Identity, PeerRefused> {
     let identity = Identity::from_certificate(leaf)?;
     if identity.role != authority {
         return Err(PeerRefused::Role {
@@ -321,7 +342,7 @@ fn check_identity(
             got: identity.trust_domain,
         });
     }
-    Ok(())
+    Ok(identity)
 }
 
 /// Accepts clients: one verifier per role.
@@ -330,6 +351,7 @@ struct RoleVerifier {
     roles: Vec<(Role, Arc<dyn ClientCertVerifier>)>,
     trust_domain: TrustDomain,
     provider: Arc<CryptoProvider>,
+    bar: Bar,
 }
 
 impl RoleVerifier {
@@ -337,6 +359,7 @@ impl RoleVerifier {
         authorities: &[(Role, Vec<CertificateDer<'static>>)],
         trust_domain: &TrustDomain,
         provider: &Arc<CryptoProvider>,
+        bar: Bar,
     ) -> Result<Self, TlsError> {
         let mut roles = Vec::new();
         let mut keys: Vec<(Role, Vec<u8>)> = Vec::new();
@@ -360,6 +383,7 @@ impl RoleVerifier {
             roles,
             trust_domain: trust_domain.clone(),
             provider: Arc::clone(provider),
+            bar,
         })
     }
 }
@@ -391,7 +415,10 @@ impl ClientCertVerifier for RoleVerifier {
         let Some((role, verified)) = accepted else {
             return Err(refusal.unwrap_or_else(|| CertificateError::UnknownIssuer.into()));
         };
-        check_identity(end_entity, role, &self.trust_domain)?;
+        let identity = check_identity(end_entity, role, &self.trust_domain)?;
+        if (self.bar.0)(&identity) {
+            return Err(CertificateError::Revoked.into());
+        }
         Ok(verified)
     }
 

@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use fwpush_keys::{id::DeviceId, tls::Peer};
+use fwpush_keys::{
+    DeviceId, Role,
+    tls::{Bar, Peer},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::db::{Db, DbError};
@@ -46,6 +49,15 @@ impl Access {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For the handshake: blocked devices do not get past it.
+    pub fn bar(&self) -> Bar {
+        let access = self.clone();
+        Bar::new(move |identity| {
+            let device = identity.id.parse::<DeviceId>();
+            identity.role == Role::Device && device.is_ok_and(|device| access.is_blocked(&device))
+        })
     }
 
     /// Registers a connection of `device` until the guard goes.

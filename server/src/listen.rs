@@ -78,6 +78,8 @@ enum Refused {
     Crowded(IpAddr),
     #[error("TLS handshake: {0}")]
     Tls(String),
+    #[error("the peer does not speak HTTP/2")]
+    NotHttp2,
     #[error("identity: {0}")]
     Identity(#[from] fwpush_keys::IdentityError),
     #[error("{0}")]
@@ -93,6 +95,7 @@ impl Refused {
             Self::Slow => "slow",
             Self::Crowded(_) => "crowded",
             Self::Tls(_) => "tls",
+            Self::NotHttp2 => "not_http2",
             Self::Identity(_) => "identity",
             Self::Access(_) => "access",
             Self::Stopping => "stopping",
@@ -150,6 +153,9 @@ async fn connection(
         io = handshake(tcp, listener, handshakes, waiting) => io?,
     };
     metrics::counter!(m::HANDSHAKES, "listener" => listener.name).increment(1);
+    if io.get_ref().1.alpn_protocol() != Some(b"h2") {
+        return Err(Refused::NotHttp2);
+    }
     let peer = tls::peer_of(io.get_ref().1.peer_certificates().unwrap_or_default())?;
     let hang_up = CancellationToken::new();
     // Registered before it is looked up: a block that comes in between finds the connection.

@@ -14,7 +14,7 @@ use fwpush_keys::{
     Role,
     pki::{Ca, PkiError},
     time::Timestamp,
-    tls::{self, Credentials, TlsError},
+    tls::{self, Bar, Credentials, TlsError},
 };
 use fwpush_proto::v1::{
     FILE_DESCRIPTOR_SET, admin_service_server::AdminServiceServer, node_service_server::NodeServiceServer,
@@ -93,6 +93,7 @@ pub struct Running {
     tls: TlsSlots,
     tunables: Arc<ArcSwap<Tunables>>,
     sessions: Sessions,
+    access: Access,
     health: Health,
     db: Db,
     ingest: Ingest,
@@ -116,11 +117,6 @@ impl Server {
     /// Opens everything and listens; returns when connections are accepted.
     pub async fn start(config: Config) -> Result<Running, StartError> {
         let lock = lock(&config)?;
-        let (devices_tls, operators_tls) = tls_configs(&config)?;
-        let tls = TlsSlots {
-            devices: Arc::new(ArcSwap::from_pointee(devices_tls)),
-            operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
-        };
         let ca = Ca::load(&read(&config.pki.device_ca)?, &read(&config.pki.device_ca_key)?)?;
         let db = Db::open(&config.database.url, config.base()).await?;
         let store = FileStore::open(&config.files_dir()?)?;
@@ -132,6 +128,11 @@ impl Server {
         let engine_stop = CancellationToken::new();
         let sessions = Sessions::new(db.now());
         let access = Access::new(db.clone(), db.blocked_ids().await?);
+        let (devices_tls, operators_tls) = tls_configs(&config, access.bar())?;
+        let tls = TlsSlots {
+            devices: Arc::new(ArcSwap::from_pointee(devices_tls)),
+            operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
+        };
         let ingest = Ingest::start(db.clone(), engine_stop.clone());
         let driver = driver::start(db.clone(), sessions.clone(), config.node_id.clone(), engine_stop.clone()).await?;
         let tunables = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
@@ -197,7 +198,7 @@ impl Server {
             "The server accepts connections."
         );
         Ok(Running {
-            config, addresses, tls, tunables, sessions, health, db, ingest, driver, stop, engine_stop, listeners,
+            config, addresses, tls, tunables, sessions, access, health, db, ingest, driver, stop, engine_stop, listeners,
             _lock: lock,
         })
     }
@@ -219,7 +220,7 @@ impl Running {
     /// New handshakes see the new certificates, new streams the new `[limits]`; other changes need a restart.
     pub fn reload(&mut self) -> Result<(), StartError> {
         let config = Config::load(&self.config.path)?;
-        let (devices, operators) = tls_configs(&config)?;
+        let (devices, operators) = tls_configs(&config, self.access.bar())?;
         self.tls.devices.store(Arc::new(devices));
         self.tls.operators.store(Arc::new(operators));
         self.tunables.store(Arc::new(config.limits.clone()));
@@ -300,14 +301,14 @@ fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
 }
 
 /// TLS for devices, and for operators and nodes: each listener knows only the CAs of its own roles.
-fn tls_configs(config: &Config) -> Result<(rustls::ServerConfig, rustls::ServerConfig), StartError> {
+fn tls_configs(config: &Config, bar: Bar) -> Result<(rustls::ServerConfig, rustls::ServerConfig), StartError> {
     let pki = &config.pki;
     let credentials = || Ok::<_, StartError>(Credentials::from_pem(&read(&pki.certificate)?, &read(&pki.key)?)?);
     let ca = |path: &Path| Ok::<_, StartError>(tls::certificates_from_pem(&read(path)?)?);
     let domain = &config.trust_domain;
-    let devices = tls::server_config(credentials()?, &[(Role::Device, ca(&pki.device_ca)?)], domain)?;
+    let devices = tls::server_config(credentials()?, &[(Role::Device, ca(&pki.device_ca)?)], domain, bar)?;
     let others = [(Role::Operator, ca(&pki.operator_ca)?), (Role::Node, ca(&pki.node_ca)?)];
-    Ok((devices, tls::server_config(credentials()?, &others, domain)?))
+    Ok((devices, tls::server_config(credentials()?, &others, domain, Bar::none())?))
 }
 
 fn read(path: &Path) -> Result<String, StartError> {

@@ -308,15 +308,28 @@ fn two_extensions_of_alternative_names_are_refused() {
     let with_one = self_signed_with(std::slice::from_ref(&uri), "x", None);
     Identity::from_certificate(&with_one).expect("the model");
     // A second subjectAltName with another URI: which one counts would depend on the reader.
-    let other = b"fwpush://example/device/dev-2";
-    let mut content = vec![0x30, other.len() as u8 + 2, 0x86, other.len() as u8];
-    content.extend(other);
-    let second = CustomExtension::from_oid_content(&[2, 5, 29, 17], content);
+    let second = uri_names(&[b"fwpush://example/device/dev-2"]);
     let with_two = self_signed_with(&[uri], "x", Some(second));
     assert_eq!(
         Identity::from_certificate(&with_two),
         Err(IdentityError::Malformed)
     );
+}
+
+#[test]
+fn a_name_that_cannot_be_read_beside_the_identity_is_refused() {
+    let uri = b"fwpush://example/device/dev-1".as_slice();
+    let readable = self_signed_with(&[], "x", Some(uri_names(&[uri])));
+    Identity::from_certificate(&readable).expect("the model");
+    // Not UTF-8: another reader might make another identity of it.
+    let unreadable = b"fwpush://example/device/\xff".as_slice();
+    for names in [&[uri, unreadable][..], &[unreadable, uri], &[unreadable]] {
+        let certificate = self_signed_with(&[], "x", Some(uri_names(names)));
+        assert_eq!(
+            Identity::from_certificate(&certificate),
+            Err(IdentityError::Malformed)
+        );
+    }
 }
 
 #[test]
@@ -388,4 +401,15 @@ fn self_signed_with(
         .collect();
     params.custom_extensions.extend(extension);
     params.self_signed(&key).unwrap().der().to_vec()
+}
+
+/// A subjectAltName extension of URIs, byte for byte as given; at most 127 bytes in all.
+fn uri_names(uris: &[&[u8]]) -> CustomExtension {
+    let length = |bytes: &[u8]| u8::try_from(bytes.len()).expect("short");
+    let names: Vec<u8> = uris
+        .iter()
+        .flat_map(|uri| [&[0x86, length(uri)], *uri].concat())
+        .collect();
+    let content = [&[0x30, length(&names)], names.as_slice()].concat();
+    CustomExtension::from_oid_content(&[2, 5, 29, 17], content)
 }

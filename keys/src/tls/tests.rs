@@ -308,10 +308,34 @@ fn another_protocol_is_refused_and_none_is_visible() {
 }
 
 #[test]
+fn a_barred_client_is_refused_in_the_handshake_and_told_that_it_is_revoked() {
+    let pki = Pki::new();
+    let bar = |role| Bar::new(move |identity| identity.role == role);
+    let connect = |bar| {
+        let server = pki.server_config_barring(pki.credentials(Role::Node), NOW, bar);
+        let client = pki.client_config(pki.credentials(Role::Device), NOW);
+        handshake(client, server)
+    };
+    let barred = connect(bar(Role::Device));
+    assert_eq!(barred.server, Err(CertificateError::Revoked.into()));
+    assert_eq!(
+        barred.alert_at_client(),
+        AlertDescription::CertificateRevoked
+    );
+    assert_eq!(connect(bar(Role::Operator)).server, Ok(()));
+}
+
+#[test]
 fn settings_that_cannot_work_are_refused_when_they_are_made() {
     let pki = Pki::new();
     let server = |authorities: &[(Role, Vec<CertificateDer<'static>>)]| {
-        server_config(pki.credentials(Role::Node), authorities, &domain()).expect_err("cannot work")
+        server_config(
+            pki.credentials(Role::Node),
+            authorities,
+            &domain(),
+            Bar::none(),
+        )
+        .expect_err("cannot work")
     };
     let ca = |role| pki.ca(role).cert_der().clone();
     assert!(matches!(server(&[]), TlsError::NoAuthorities));
@@ -387,12 +411,21 @@ impl Pki {
     }
 
     fn server_config_of(&self, credentials: Credentials, time: Timestamp) -> ServerConfig {
+        self.server_config_barring(credentials, time, Bar::none())
+    }
+
+    fn server_config_barring(
+        &self,
+        credentials: Credentials,
+        time: Timestamp,
+        bar: Bar,
+    ) -> ServerConfig {
         let authorities: Vec<_> = self
             .authorities
             .iter()
             .map(|ca| (ca.role(), vec![ca.cert_der().clone()]))
             .collect();
-        server_config_at(credentials, &authorities, &domain(), at(time)).expect("configured")
+        server_config_at(credentials, &authorities, &domain(), at(time), bar).expect("configured")
     }
 
     fn client_config(&self, credentials: Credentials, time: Timestamp) -> ClientConfig {
