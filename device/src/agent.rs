@@ -196,6 +196,7 @@ pub struct Agent<S: Slots> {
     rng_seed: u64,
     /// With `once`: what the run has come to.
     once: Once,
+    notices: inbound::NoticeGate,
     reboot_by: Option<Instant>,
 }
 
@@ -329,7 +330,13 @@ impl<S: Slots> Agent<S> {
                 Ok(()) = wires.progress.changed() => self.on_progress(wires),
                 () = sleep_until(timer) => self.feed(Input::Timer),
                 () = sleep_until(retry) => {}
-                () = sleep_until(self.once_deadline().or(self.reboot_by)) => {}
+                () = sleep_until(self.once_deadline()) => {}
+                () = sleep_until(self.reboot_by) => {}
+                () = sleep_until(self.notices.ready_at()) => {
+                    if let Some(notice) = self.notices.take_held(Instant::now()) {
+                        self.on_notice(notice);
+                    }
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{fmt, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
 
-use tokio::io::AsyncReadExt as _;
+use tokio::{io::AsyncReadExt as _, process::ChildStderr};
 
 use crate::{limits, slots::SlotId};
 
@@ -106,37 +106,34 @@ async fn run_command(argv: &[String], timeout: Duration, subject: &HealthSubject
         .id()
         .and_then(|id| i32::try_from(id).ok())
         .and_then(rustix::process::Pid::from_raw);
-    let stderr = child.stderr.take();
-    let finished = tokio::time::timeout(timeout, async {
-        let mut words = Vec::new();
-        if let Some(stderr) = stderr {
-            // What a check says beyond the bound is dropped with the pipe; the check itself goes on.
-            let _ = stderr
-                .take(limits::HEALTH_STDERR_BYTES)
-                .read_to_end(&mut words)
-                .await;
-        }
-        (child.wait().await, words)
-    })
-    .await;
-    // Whatever the check left running must not outlive its verdict.
+    let words = tokio::spawn(first_words(child.stderr.take()));
+    let finished = tokio::time::timeout(timeout, child.wait()).await;
+    // Whatever the check left running must not outlive its verdict; it also holds the pipe open.
     if let Some(group) = group {
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
     }
     match finished {
-        Ok((Ok(status), _)) if status.success() => Verdict::Healthy,
-        Ok((Ok(status), words)) => {
-            let words = String::from_utf8_lossy(&words);
-            Verdict::Unhealthy(format!(
-                "the health check ended with {status}: {}",
-                words.trim()
-            ))
+        Ok(Ok(status)) if status.success() => Verdict::Healthy,
+        Ok(Ok(status)) => {
+            let words = words.await.unwrap_or_default();
+            Verdict::Unhealthy(format!("the health check ended with {status}: {}", words.trim()))
         }
-        Ok((Err(error), _)) => {
-            Verdict::Unhealthy(format!("the health check could not be waited for: {error}"))
-        }
+        Ok(Err(error)) => Verdict::Unhealthy(format!("the health check could not be waited for: {error}")),
         Err(_) => Verdict::Unhealthy(format!("the health check did not end within {timeout:?}")),
     }
+}
+
+/// The beginning of what a check says. The rest is read as well: a check is not to fail for talking much.
+async fn first_words(stderr: Option<ChildStderr>) -> String {
+    let mut words = Vec::new();
+    if let Some(mut stderr) = stderr {
+        let mut buffer = [0; 1024];
+        while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
+            let room = limits::HEALTH_STDERR_BYTES.saturating_sub(words.len());
+            words.extend_from_slice(&buffer[..length.min(room)]);
+        }
+    }
+    String::from_utf8_lossy(&words).into_owned()
 }
 
 #[cfg(test)]
@@ -187,6 +184,13 @@ mod tests {
             .run(&subject())
             .await;
         assert!(matches!(verdict, Verdict::Unhealthy(why) if why.contains("did not end")));
+    }
+
+    #[tokio::test]
+    async fn a_check_may_talk_much_and_leave_something_running() {
+        let script = "yes | head -c 1000000 >&2; sleep 1000 &";
+        let verdict = shell(script, Duration::from_secs(60)).run(&subject()).await;
+        assert_eq!(verdict, Verdict::Healthy);
     }
 
     #[tokio::test]

@@ -56,8 +56,12 @@ pub const SERVERS: usize = 64;
 pub const ATTRIBUTES: usize = 64;
 pub const ATTRIBUTES_BYTES: usize = 4 * 1024;
 /// What a failing health check may say.
-pub const HEALTH_STDERR_BYTES: u64 = 1024;
+pub const HEALTH_STDERR_BYTES: usize = 1024;
 
+/// Notices looked at in a row; each new one writes the state.
+pub const NOTICE_BURST: u32 = 16;
+/// And one more after each of these: a server taken over cannot wear the flash with notices.
+pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
 /// The state could not be saved: tried again after this.
 pub const SAVE_RETRY: Duration = Duration::from_secs(2);
 /// Tries in a row; five minutes of a full or read-only disk. Nothing that needs saved state happens meanwhile.
@@ -74,6 +78,8 @@ pub const OUTBOX: usize = 64;
 pub const SEQ_BLOCK: u64 = 64;
 /// An unacknowledged report is sent again after this, and up to half of it later.
 pub const REPORT_RESEND: Duration = Duration::from_secs(30);
+/// Sendings of one report without an acknowledgement, five minutes and more, after which another stream is tried.
+pub const RESENDS_PER_SESSION: u32 = 8;
 /// Messages waiting to be written to the stream; the link resends reports by itself.
 pub const OUTBOUND_QUEUE: usize = 8;
 /// Messages from the link that the agent has not looked at; the stream is not read on while it is full.
@@ -121,6 +127,10 @@ pub const RECEIVED_BYTES: usize = 1024 * 1024;
 /// Data is made durable at least this often: what a power cut may cost.
 pub const SYNC_BYTES: u64 = 8 * 1024 * 1024;
 pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
+/// For the end of a stream after its last byte, so that the server sees a download that ended and not one that was cut.
+pub const TRAILERS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Progress is told after this many bytes: often enough for a bar, seldom enough to cost nothing.
+pub const PROGRESS_BYTES: u64 = 1024 * 1024;
 /// No byte for this long: the call is given up and begun again where it stopped.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// A call that moves a group in this time is alive; slower is a stall (64 KiB in 10 min are 109 B/s).

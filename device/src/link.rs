@@ -103,18 +103,22 @@ impl Link {
 
     /// Runs until it is stopped or the agent is gone.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
-        let mut wait = Duration::ZERO;
+        // Also the first time: a whole fleet comes back at once when the power does.
+        let jitter = if self.settings.once { 0.0 } else { self.random.random() };
+        let mut wait = self.settings.reconnect.min.mul_f64(jitter);
+        let mut last_server = String::new();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(wait) => {}
             }
-            let server = self.next_server();
+            let server = self.next_server(&last_server);
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
                 ended = self.connect_once(&server) => ended,
             };
             self.outputs.connection.send_replace(None);
+            last_server.clone_from(&server);
             wait = self.backoff.after(&ended, &mut self.random);
             tracing::debug!(
                 server,
@@ -137,11 +141,14 @@ impl Link {
         }
     }
 
-    /// All servers in random order, then all again in another.
-    fn next_server(&mut self) -> String {
+    /// All servers in random order, then all again in another; not the same twice in a row where there are others.
+    fn next_server(&mut self, last: &str) -> String {
         if self.servers.is_empty() {
             self.servers.clone_from(&self.settings.servers);
             self.servers.shuffle(&mut self.random);
+            if self.servers.last().is_some_and(|next| next == last) {
+                self.servers.rotate_right(1);
+            }
         }
         self.servers.pop().unwrap_or_default()
     }
@@ -192,12 +199,12 @@ impl Backoff {
         if let Some(spread) = ended.reconnect_spread {
             self.spread = spread;
         }
-        if let Some(drain) = ended.drain {
-            self.failures = 0;
-            return drain.saturating_duration_since(Instant::now());
-        }
+        let drain = ended.drain.map(|at| at.saturating_duration_since(Instant::now()));
         if ended.lasted >= self.settings.stable_after {
             self.failures = 0;
+            if let Some(drain) = drain {
+                return drain;
+            }
         }
         let max = self.settings.max;
         let first = self.spread.clamp(self.settings.min.min(max), max);
@@ -205,7 +212,9 @@ impl Backoff {
             .saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX))
             .min(max);
         self.failures = (self.failures + 1).min(31);
-        ceiling.mul_f64(random.random())
+        let wait = ceiling.mul_f64(random.random());
+        // A server that sends its devices away again and again does not have them run in circles.
+        drain.map_or(wait, |drain| drain.max(wait))
     }
 }
 

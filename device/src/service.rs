@@ -240,7 +240,7 @@ pub fn status(config: &Path, json: bool) -> ExitCode {
         Ok(Some(status)) => status,
         Ok(None) => {
             eprintln!(
-                "fwpush-device: there is no state yet in {}",
+                "fwpush-device: there is no readable state in {}",
                 config.state_dir().display()
             );
             return ExitCode::from(EXIT_STATE);

@@ -52,6 +52,7 @@ impl<S: Slots> Transfer<S> {
             self.slots.clone(),
             Arc::clone(&self.store),
             Arc::clone(&self.observe),
+            self.progress.clone(),
             missing,
         );
         let mut sink = self.reuse(sink).await?;
@@ -63,7 +64,7 @@ impl<S: Slots> Transfer<S> {
             sink.begin(bytes.start);
             let result;
             (sink, result) = pull.content(sink, bytes).await?;
-            self.progress.send_replace(sink.missing().bytes_done());
+            sink.tell_progress();
             if sink.missing().bytes_done() > before {
                 tries.progress();
             }
@@ -109,7 +110,7 @@ impl<S: Slots> Transfer<S> {
             let end = groups.min(start + batch);
             (sink, reused) = sink.run(move |sink| sink.scan(start..end)).await?;
             reused.map_err(trouble_of)?;
-            self.progress.send_replace(sink.missing().bytes_done());
+            sink.tell_progress();
             // In-memory slots are scanned on this very thread.
             tokio::task::yield_now().await;
         }

@@ -42,15 +42,18 @@ impl<S: Slots> Agent<S> {
         self.feed(Input::Registered { report_interval });
     }
 
+    pub(super) fn on_notice(&mut self, notice: v1::FileNotice) {
+        let notice = wire::notice(notice);
+        self.tell(AgentEvent::Notice { generation: notice.generation, action: notice.action });
+        self.feed(Input::Notice(notice));
+    }
+
     fn on_message(&mut self, kind: Kind, wires: &mut Wires) {
         match kind {
             Kind::FileNotice(notice) => {
-                let notice = wire::notice(notice);
-                self.tell(AgentEvent::Notice {
-                    generation: notice.generation,
-                    action: notice.action,
-                });
-                self.feed(Input::Notice(notice));
+                if let Some(notice) = self.notices.pass(notice, Instant::now()) {
+                    self.on_notice(notice);
+                }
             }
             Kind::ReportAck(ack) => {
                 self.tell(AgentEvent::Acked {
@@ -146,6 +149,48 @@ impl<S: Slots> Agent<S> {
     }
 }
 
+/// Lets a burst of notices through, then one at a time, the latest: only that one counts.
+#[derive(Debug)]
+pub(super) struct NoticeGate {
+    passes: u32,
+    /// When the next pass is made.
+    next: Instant,
+    held: Option<v1::FileNotice>,
+}
+
+impl NoticeGate {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { passes: limits::NOTICE_BURST, next: now + limits::NOTICE_INTERVAL, held: None }
+    }
+
+    /// The notice, or nothing while it must wait.
+    fn pass(&mut self, notice: v1::FileNotice, now: Instant) -> Option<v1::FileNotice> {
+        self.held = Some(notice);
+        self.take_held(now)
+    }
+
+    /// When [`NoticeGate::take_held`] is worth asking.
+    pub(super) fn ready_at(&self) -> Option<Instant> {
+        self.held.as_ref().map(|_| self.next)
+    }
+
+    /// The latest notice that had to wait, if its time has come.
+    pub(super) fn take_held(&mut self, now: Instant) -> Option<v1::FileNotice> {
+        while self.next <= now && self.passes < limits::NOTICE_BURST {
+            self.next += limits::NOTICE_INTERVAL;
+            self.passes += 1;
+        }
+        if self.passes == limits::NOTICE_BURST {
+            self.next = now + limits::NOTICE_INTERVAL;
+        }
+        if self.passes == 0 {
+            return None;
+        }
+        self.passes -= 1;
+        self.held.take()
+    }
+}
+
 /// Text of somebody else, fit for a terminal.
 fn printable(text: &str, limit: usize) -> String {
     let text = &text[..text.floor_char_boundary(limit)];
@@ -163,6 +208,24 @@ fn printable(text: &str, limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn notice(generation: u64) -> v1::FileNotice {
+        v1::FileNotice { generation, ..Default::default() }
+    }
+
+    #[test]
+    fn a_flood_of_notices_is_thinned_to_the_latest() {
+        let start = Instant::now();
+        let mut gate = NoticeGate::new(start);
+        let flood = |gate: &mut NoticeGate, now| (1..=1_000).filter_map(|n| gate.pass(notice(n), now)).count();
+        assert_eq!(flood(&mut gate, start), limits::NOTICE_BURST as usize);
+        assert!(gate.take_held(start).is_none());
+        let ready = gate.ready_at().unwrap();
+        assert_eq!(gate.take_held(ready).unwrap().generation, 1_000);
+        assert!(gate.ready_at().is_none());
+        let late = ready + limits::NOTICE_INTERVAL * 100;
+        assert_eq!(flood(&mut gate, late), limits::NOTICE_BURST as usize, "a long silence earns no more than a burst");
+    }
 
     #[test]
     fn words_of_others_cannot_drive_the_terminal() {

@@ -14,7 +14,7 @@ use fwpush_keys::{
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{Agent, AgentError, AgentParts, Once};
+use super::{Agent, AgentError, AgentParts, Once, inbound::NoticeGate};
 use crate::{
     limits,
     settings::AgentSettings,
@@ -132,6 +132,7 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         started: Instant::now(),
         rng_seed: parts.rng_seed,
         once: Once::default(),
+        notices: NoticeGate::new(Instant::now()),
         reboot_by: None,
     })
 }
@@ -282,7 +283,7 @@ impl Memory {
     pub(super) fn status(&self, updater: &Updater, trust: &TrustStore) -> Status {
         let groups_written = self.store.groups_written();
         let mut status = Status::of(updater.state(), updater.boot(), groups_written);
-        status.root_version = trust.root().version;
+        status.root_version = Some(trust.root().version);
         status
     }
 }
@@ -310,8 +311,8 @@ pub struct Status {
     pub unacknowledged: usize,
     pub boot_count: u64,
     pub state_id: String,
-    /// The newest trust root held; 0 where it was not looked at.
-    pub root_version: u64,
+    /// The newest trust root held; `None` where it was not looked at.
+    pub root_version: Option<u64>,
 }
 
 impl Status {
@@ -335,7 +336,7 @@ impl Status {
             unacknowledged: state.outbox.reports().count(),
             boot_count: state.boot_count,
             state_id: state.state_id.clone(),
-            root_version: 0,
+            root_version: None,
         }
     }
 

@@ -77,7 +77,11 @@ pub(super) struct Session<'a> {
     next_heartbeat: Instant,
     /// Reports up to this number were given to the stream.
     sent_seq: u64,
+    /// The report that has waited longest.
+    oldest_seq: Option<u64>,
+    /// When it is sent again, and how often it was.
     resend_at: Instant,
+    resends: u32,
     drain_at: Option<Instant>,
 }
 
@@ -96,7 +100,9 @@ impl<'a> Session<'a> {
             heartbeat: limits::HEARTBEAT_DEFAULT,
             next_heartbeat: now,
             sent_seq: 0,
+            oldest_seq: None,
             resend_at: now,
+            resends: 0,
             drain_at: None,
         }
     }
@@ -174,7 +180,6 @@ impl<'a> Session<'a> {
             self.link.random.random()
         };
         self.next_heartbeat = now + self.heartbeat.mul_f64(part);
-        self.resend_at = self.next_resend();
         // The sessions that are worth naming are of a length that ours is.
         let session_id = registered.session_id.as_str();
         self.link.last_session_id =
@@ -211,8 +216,31 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// An acknowledgement is waited for from when a report became the oldest, however many come after it.
+    fn watch_oldest(&mut self) {
+        let oldest = self.link.inputs.outbox.borrow().first().map(|report| report.seq);
+        if oldest != self.oldest_seq {
+            self.oldest_seq = oldest;
+            self.resends = 0;
+            self.resend_at = self.next_resend();
+        }
+    }
+
+    /// Sends everything that was not acknowledged again, oldest first.
+    fn resend(&mut self) -> Result<(), Ended> {
+        self.resends += 1;
+        if self.resends > limits::RESENDS_PER_SESSION {
+            // A new stream starts with a clean slate on both sides.
+            return Err(Ended::new("the server acknowledges no reports"));
+        }
+        self.sent_seq = 0;
+        self.resend_at = self.next_resend();
+        Ok(())
+    }
+
     /// Waits for whatever comes first, and handles it.
     async fn step(&mut self, stream: &mut Streaming<v1::ServerMessage>) -> Result<(), Ended> {
+        self.watch_oldest();
         let next_report = self.next_report();
         let waits = next_report.is_some();
         let silent_at = self.silent_at();
@@ -229,7 +257,6 @@ impl<'a> Session<'a> {
                 if let Some((seq, message)) = next_report {
                     permit.send(message);
                     self.sent_seq = seq;
-                    self.resend_at = self.next_resend();
                 }
                 Ok(())
             }
@@ -239,12 +266,7 @@ impl<'a> Session<'a> {
                     .map_err(|_| Ended::new("the server reads nothing"))?
                     .map_err(|_| Ended::new("the stream does not take messages any more"))
             }
-            () = sleep_until(self.resend_at) => {
-                // Whatever is still there was not acknowledged: from the oldest on again.
-                self.sent_seq = 0;
-                self.resend_at = self.next_resend();
-                Ok(())
-            }
+            () = sleep_until(self.resend_at), if self.oldest_seq.is_some() => self.resend(),
             () = sleep_until(self.next_heartbeat) => {
                 self.beat();
                 Ok(())

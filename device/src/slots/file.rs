@@ -80,17 +80,11 @@ impl FileSlots {
         Ok(slots)
     }
 
-    /// Opens slots for looking at them only: makes and writes nothing. `None`: there is no boot record.
+    /// What the boot record and the present boot say; makes and writes nothing. `None`: there is no boot record.
     pub fn look(boot_record: &Path) -> Result<Option<BootView>, SlotError> {
-        let Some(mut record) = RecordFile::open(boot_record)? else {
-            return Ok(None);
-        };
+        let Some(record) = RecordFile::look(boot_record)? else { return Ok(None) };
         let boot = read_boot(&boot_record.with_added_extension("running"))?;
-        let record = record.get()?;
-        let boot = boot.unwrap_or(Boot {
-            id: String::new(),
-            running: record.preferred,
-        });
+        let boot = boot.unwrap_or(Boot { id: String::new(), running: record.preferred });
         Ok(Some(record.view(boot.id, boot.running)))
     }
 

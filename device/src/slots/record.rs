@@ -344,6 +344,19 @@ impl RecordFile {
         Ok(Some(record))
     }
 
+    /// Reads the record without a claim to change it; `None` if there is no such file.
+    pub fn look(path: &Path) -> Result<Option<BootRecord>, SlotError> {
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(SlotError::File { operation: "open boot record", path: path.into(), source }),
+        };
+        match read_copies(&file) {
+            Ok((_, record)) => Ok(Some(record)),
+            Err(source) => Err(SlotError::Record { path: path.into(), source }),
+        }
+    }
+
     /// Makes a new record file; durable, and complete from the moment it has its name.
     pub fn create(path: &Path, first: &BootRecord) -> Result<Self, SlotError> {
         let failed = |operation| {
@@ -434,31 +447,30 @@ impl RecordFile {
         self.file.sync_all().map_err(failed("sync"))?;
         rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)
             .map_err(|errno| failed("read past the page cache")(errno.into()))?;
-        let mut found: Option<(usize, BootRecord)> = None;
-        let mut problems = ["older", "older"];
-        for (at, offset) in COPY_OFFSETS.into_iter().enumerate() {
-            let mut copy = [0; COPY_BYTES];
-            let decoded = match self.file.read_exact_at(&mut copy, offset) {
-                Ok(()) => BootRecord::decode(&copy),
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    Err("the file is too short")
-                }
-                Err(source) => return Err(failed("read")(source)),
-            };
-            match decoded {
-                Ok(record)
-                    if found
-                        .as_ref()
-                        .is_none_or(|(_, best)| best.sequence < record.sequence) =>
-                {
-                    found = Some((at, record));
-                }
-                Ok(_) => {}
-                Err(problem) => problems[at] = problem,
-            }
-        }
-        found.ok_or(RecordError::BothBroken { copies: problems })
+        read_copies(&self.file)
     }
+}
+
+/// The newer of the valid copies, and which one it is.
+fn read_copies(file: &File) -> Result<(usize, BootRecord), RecordError> {
+    let mut found: Option<(usize, BootRecord)> = None;
+    let mut problems = ["older", "older"];
+    for (at, offset) in COPY_OFFSETS.into_iter().enumerate() {
+        let mut copy = [0; COPY_BYTES];
+        let decoded = match file.read_exact_at(&mut copy, offset) {
+            Ok(()) => BootRecord::decode(&copy),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err("the file is too short"),
+            Err(source) => return Err(RecordError::Io { operation: "read", source }),
+        };
+        match decoded {
+            Ok(record) if found.as_ref().is_none_or(|(_, best)| best.sequence < record.sequence) => {
+                found = Some((at, record));
+            }
+            Ok(_) => {}
+            Err(problem) => problems[at] = problem,
+        }
+    }
+    found.ok_or(RecordError::BothBroken { copies: problems })
 }
 
 #[cfg(test)]
@@ -561,7 +573,7 @@ mod tests {
         file.update(|record| record.reject(SlotId::B)).unwrap();
         let new = file.get().unwrap().clone();
         let after = std::fs::read(&path).unwrap();
-        for cut in 0..=after.len() {
+        for cut in (0..=COPY_BYTES).chain(4096..=after.len()) {
             // The first `cut` bytes reached the medium; and the other way round, as sectors may be reordered.
             for (first, second) in [(&after, &before), (&before, &after)] {
                 let torn: Vec<u8> = first[..cut].iter().chain(&second[cut..]).copied().collect();

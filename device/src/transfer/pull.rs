@@ -8,7 +8,7 @@ use fwpush_proto::v1::{FileChunk, FileRequest, Part, file_service_client::FileSe
 use thiserror::Error;
 use tokio::{
     task::{JoinError, JoinHandle},
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tonic::{Code, Status, Streaming};
 
@@ -247,6 +247,8 @@ impl Chunks {
     /// The next bytes; `None` after the last. May be dropped while it waits: nothing is lost.
     async fn next(&mut self) -> Result<Option<Bytes>, PullError> {
         if self.range.is_empty() {
+            // Only for the server's books; what it may still say changes nothing.
+            let _ = timeout(limits::TRAILERS_TIMEOUT, self.stream.message()).await;
             return Ok(None);
         }
         self.pace.wait().await;

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use bytes::Bytes;
 use fwpush_keys::outline::GROUP_BYTES;
 use thiserror::Error;
-use tokio::{task::JoinHandle, time::Instant};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
 
 use super::pull::stopped;
 use crate::{
@@ -43,6 +43,8 @@ pub(super) struct Sink<S> {
     slots: SlotHandle<S>,
     store: Arc<dyn Store>,
     observe: Observer,
+    /// Bytes of the image that the spare slot holds.
+    progress: watch::Sender<u64>,
     missing: Missing,
     /// Index of the group that the next byte belongs to.
     index: u64,
@@ -57,12 +59,14 @@ impl<S: Slots> Sink<S> {
         slots: SlotHandle<S>,
         store: Arc<dyn Store>,
         observe: Observer,
+        progress: watch::Sender<u64>,
         missing: Missing,
     ) -> Self {
         Self {
             slots,
             store,
             observe,
+            progress,
             missing,
             index: 0,
             partial: Vec::new(),
@@ -152,6 +156,9 @@ impl<S: Slots> Sink<S> {
             .call(|slots| slots.write_spare(bytes.start, group))??;
         self.missing.have(index);
         (self.observe)(AgentEvent::GroupWritten { index });
+        if self.missing.bytes_done() - *self.progress.borrow() >= limits::PROGRESS_BYTES {
+            self.tell_progress();
+        }
         self.unsynced_bytes += group.len() as u64;
         if self.unsynced_bytes >= limits::SYNC_BYTES
             || self.synced_at.elapsed() >= limits::SYNC_INTERVAL
@@ -159,6 +166,10 @@ impl<S: Slots> Sink<S> {
             self.sync()?;
         }
         Ok(())
+    }
+
+    pub(super) fn tell_progress(&self) {
+        self.progress.send_replace(self.missing.bytes_done());
     }
 
     /// Makes all that was written durable.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::report::{Phase, Report, ReportKind};
+use super::report::{Report, ReportKind};
 use crate::limits;
 
 /// Reports in the order of their numbers, at most [`limits::OUTBOX`]. A report that a newer one makes pointless is dropped
@@ -123,22 +123,13 @@ fn is_terminal(kind: &ReportKind) -> bool {
     matches!(kind, ReportKind::Phase { phase, .. } if phase.is_terminal())
 }
 
-/// Whether `old` says nothing any more once a report of `kind` under `generation` is known. Acknowledgements of files and
-/// terminal phases are always kept.
+/// Whether `old` says nothing any more once a report of `kind` under `generation` is known: an earlier decision, or the
+/// same phase again. Everything else is kept until it is acknowledged.
 fn is_superseded(old: &Report, generation: u64, kind: &ReportKind) -> bool {
     match (&old.kind, kind) {
-        // One decision a notice: only the last word on the newest counts.
         (ReportKind::Reply { .. }, ReportKind::Reply { .. }) => old.generation <= generation,
-        (
-            ReportKind::Phase {
-                phase: Phase::Downloading,
-                ..
-            },
-            _,
-        ) => old.generation <= generation,
         (ReportKind::Phase { phase, .. }, ReportKind::Phase { phase: new, .. }) => {
-            old.generation < generation && !phase.is_terminal()
-                || old.generation == generation && (new.is_terminal() || phase == new)
+            old.generation == generation && phase == new
         }
         _ => false,
     }
@@ -147,7 +138,7 @@ fn is_superseded(old: &Report, generation: u64, kind: &ReportKind) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::update::report::Decision;
+    use crate::update::report::{Decision, Phase};
 
     fn phase(phase: Phase) -> ReportKind {
         ReportKind::Phase {
@@ -210,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn acknowledgements_of_files_and_terminal_phases_outlive_what_follows() {
+    fn only_what_is_said_again_is_dropped() {
         let mut outbox = Outbox::default();
         outbox.keep(1, 1, reply("a"));
         outbox.keep(
@@ -225,7 +216,9 @@ mod tests {
         outbox.keep(1, 1, phase(Phase::Rebooting));
         outbox.keep(2, 1, phase(Phase::RolledBack));
         outbox.keep(2, 2, reply("b"));
-        assert_eq!(seqs(&outbox), [2, 5, 6]);
+        outbox.keep(2, 2, phase(Phase::Confirming));
+        outbox.keep(2, 2, phase(Phase::Confirming));
+        assert_eq!(seqs(&outbox), [2, 3, 4, 5, 6, 8]);
         assert_eq!(reread(&outbox).kept, outbox.kept);
     }
 

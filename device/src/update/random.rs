@@ -41,7 +41,7 @@ mod tests {
             assert!(
                 draws
                     .iter()
-                    .filter(|draw| (low..high).contains(draw))
+                    .filter(|draw| (low..high).contains(*draw))
                     .count()
                     > 50
             );

@@ -1,1 +1,6 @@
+//! The updater on a simulated device: told as stories, then driven at random.
 
+mod random;
+mod stories;
+mod trials;
+mod world;

@@ -1,0 +1,558 @@
+//! A device without a disk or a network: boot record, spare slot, state and server are values, and every effect of a
+//! command can be delivered, lost or cut off.
+
+use std::{collections::{BTreeMap, BTreeSet}, time::Duration};
+
+use fwpush_keys::{
+    TrustStore, TrustedClock,
+    id::{FileId, ReleaseId},
+    release::{Component, HwRange, Release, Requires},
+    revocation::{Revocation, RevocationVersion, Revoked},
+    root::{ProductRule, Root},
+    sign::SigningKey,
+    time::Timestamp,
+    trust::Verified,
+};
+
+use crate::{
+    limits,
+    slots::BootRecord,
+    update::{
+        Action, Command, Consent, Context, Decision, Failure, Input, JobId, Notice, Now, Output, Phase, Policy,
+        Report, ReportKind, Start, State, Trouble, Updater,
+        facts::{DeviceFacts, ImageFacts, SlotId, SlotState},
+    },
+};
+
+/// The time at which every story begins, 2026-11-01.
+pub const START: Timestamp = Timestamp::from_ms(1_793_491_200_000);
+pub const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// Bytes of a slot.
+pub const CAPACITY: u64 = 1_000_000;
+
+/// What a release is to be; every field can be made wrong.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub id: u64,
+    pub version: &'static str,
+    pub product: &'static str,
+    pub channel: &'static str,
+    pub hw: &'static str,
+    pub counter: u64,
+    pub size: u64,
+    pub expires: Timestamp,
+    pub needs_list: RevocationVersion,
+    /// By whose key it is signed.
+    pub signer: u8,
+}
+
+impl Spec {
+    pub fn good(id: u64) -> Self {
+        Self {
+            id,
+            version: "1.1.0",
+            product: "gateway",
+            channel: "stable",
+            hw: "board-a",
+            counter: 1,
+            size: 100_000,
+            expires: START.saturating_add(DAY * 365),
+            needs_list: RevocationVersion::NONE,
+            signer: RELEASE_KEY,
+        }
+    }
+
+    pub fn release_id(&self) -> ReleaseId {
+        let mut random = [0; 10];
+        random[2..].copy_from_slice(&self.id.to_be_bytes());
+        ReleaseId::from_parts(START, random)
+    }
+
+    pub fn file_id(&self) -> FileId {
+        FileId::of(format!("image of release {}", self.id).as_bytes())
+    }
+
+    pub fn envelope(&self) -> Vec<u8> {
+        let release = Release {
+            product: self.product.parse().unwrap(),
+            channel: self.channel.parse().unwrap(),
+            release_id: self.release_id(),
+            version: self.version.parse().unwrap(),
+            seq: self.id,
+            security_counter: self.counter,
+            revocation_version: self.needs_list,
+            issued: START,
+            expires: self.expires,
+            hw: vec![HwRange { id: self.hw.parse().unwrap(), rev_min: 1, rev_max: 2 }],
+            requires: Requires::default(),
+            min_agent: None,
+            class: None,
+            advisory_url: None,
+            components: vec![Component::plain("system", self.size, self.file_id(), [1; 32])],
+            crit: Vec::new(),
+        };
+        let mut envelope = release.to_envelope().unwrap();
+        envelope.sign(&key(self.signer)).unwrap();
+        envelope.to_bytes()
+    }
+}
+
+pub const ROOT_KEY: u8 = 1;
+pub const RELEASE_KEY: u8 = 2;
+pub const NEXT_RELEASE_KEY: u8 = 3;
+pub const FOREIGN_KEY: u8 = 9;
+
+pub fn key(number: u8) -> SigningKey {
+    SigningKey::from_secret(&[number; 32])
+}
+
+fn signed_root(root: &Root) -> Vec<u8> {
+    let mut envelope = root.to_envelope().unwrap();
+    envelope.sign(&key(ROOT_KEY)).unwrap();
+    envelope.to_bytes()
+}
+
+fn first_root() -> Root {
+    let expires = START.saturating_add(DAY * 3650);
+    let root_keys = [key(ROOT_KEY).public()];
+    let release_keys = [key(RELEASE_KEY).public()];
+    let mut root = Root::first(START, expires, (1, &root_keys), (1, &release_keys));
+    for product in ["gateway", "other"] {
+        root.products.insert(product.parse().unwrap(), ProductRule::new(1_000));
+    }
+    root
+}
+
+/// The device and all that is around it.
+pub struct World {
+    pub updater: Updater,
+    pub trust: TrustStore,
+    pub now: Now,
+    /// The boot record, as it is on the medium.
+    pub record: BootRecord,
+    pub boot_id: u64,
+    pub running: SlotId,
+    /// The releases whose whole images the slots hold.
+    pub holds: [Option<ReleaseId>; 2],
+    /// What was made durable.
+    saved: (String, Option<Vec<u8>>),
+    /// The job under way.
+    pub job: Option<Command>,
+    pub reboot_due: bool,
+    pub phases: Vec<(u64, Phase)>,
+    pub last_failure: Option<Failure>,
+    /// Trials that were marked in the record, by generation.
+    pub trials: BTreeMap<u64, u32>,
+    /// Every report that was ever seen, by its number.
+    pub reports: BTreeMap<u64, Report>,
+    pub policy: Policy,
+    pub commands: Vec<&'static str>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        let image = ImageFacts {
+            release_id: None,
+            version: "1.0.0".parse().unwrap(),
+            security_counter: 1,
+            size: 0,
+            blake3: None,
+        };
+        let record = BootRecord::first(SlotId::A, image);
+        let first = Verified::bootstrap(&signed_root(&first_root())).unwrap();
+        let mut trust = TrustStore::new(first, TrustedClock::new(START, None));
+        let policy = Policy {
+            confirm_timeout: limits::CONFIRM_TIMEOUT,
+            check_configured: false,
+            trial_boots: 3,
+            installs_per_window: limits::INSTALLS_PER_WINDOW,
+        };
+        let now = Now { mono: Duration::ZERO, wall: START };
+        let state = State::new("0123".repeat(8));
+        let saved = (serde_json::to_string(&state).unwrap(), None);
+        let updater = start(&policy, &record, 1, SlotId::A, &saved, &mut trust, now);
+        let mut world = Self {
+            updater,
+            trust,
+            now,
+            record,
+            boot_id: 1,
+            running: SlotId::A,
+            holds: [None, None],
+            saved,
+            job: None,
+            reboot_due: false,
+            phases: Vec::new(),
+            last_failure: None,
+            trials: BTreeMap::new(),
+            reports: BTreeMap::new(),
+            policy,
+            commands: Vec::new(),
+        };
+        world.settle();
+        world
+    }
+
+    pub fn with_health_check() -> Self {
+        let mut world = Self::new();
+        world.policy.check_configured = true;
+        world.restart();
+        world
+    }
+
+    // ---- what happens ----
+
+    pub fn feed(&mut self, input: Input) {
+        self.feed_unsaved(input);
+        self.settle();
+    }
+
+    /// Feeds an input and loses the process before anything that follows from it is durable.
+    pub fn feed_unsaved(&mut self, input: Input) {
+        self.updater.handle(input, &mut Context { now: self.now, trust: &mut self.trust });
+    }
+
+    /// Saves what must be saved, then takes the outputs, as the agent does.
+    fn settle(&mut self) {
+        loop {
+            if self.updater.take_dirty() {
+                self.save();
+            }
+            let Some(output) = self.updater.poll_output() else { break };
+            match output {
+                Output::Phase { generation, phase, failure } => {
+                    self.phases.push((generation, phase));
+                    self.last_failure = failure.or(self.last_failure.take());
+                }
+                Output::Command(command) => self.on_command(command),
+            }
+        }
+        for report in self.updater.state().outbox.reports() {
+            let known = self.reports.insert(report.seq, report.clone());
+            assert!(known.is_none_or(|known| known == *report), "number {} was used twice", report.seq);
+        }
+        self.check_invariants();
+    }
+
+    fn save(&mut self) {
+        let state = serde_json::to_string(self.updater.state()).unwrap();
+        self.saved = (state, self.updater.manifest().map(|envelope| envelope.to_vec()));
+    }
+
+    fn on_command(&mut self, command: Command) {
+        self.commands.push(name(&command));
+        match &command {
+            Command::Reboot => {
+                self.reboot_due = true;
+                return;
+            }
+            Command::Cancel => {
+                self.job = None;
+                return;
+            }
+            Command::InvalidateSpare { .. } | Command::Fetch { .. } => {
+                assert_eq!(self.record.slot(self.running).state, SlotState::Confirmed, "{command:?}");
+                if matches!(command, Command::Fetch { .. }) {
+                    assert_eq!(self.record.slot(self.running.other()).state, SlotState::Unbootable);
+                }
+            }
+            Command::MarkTrial { image, .. } => {
+                assert_eq!(self.spare_holds(), image.release_id, "the trial of an image that is not there");
+            }
+            _ => {}
+        }
+        // A second command while a job is under way is one that nobody waits for.
+        if self.job.is_none() || !matches!(command, Command::InvalidateSpare { .. }) {
+            assert!(self.job.is_none(), "{command:?} beside {:?}", self.job);
+            self.job = Some(command);
+        }
+    }
+
+    /// Does what the job under way is for, but tells nobody.
+    pub fn do_job(&mut self) -> Option<JobId> {
+        let spare = self.running.other();
+        let (job, result) = match self.job.clone()? {
+            Command::AskConsent { job, .. } | Command::CheckHealth { job } => (job, Ok(())),
+            Command::InvalidateSpare { job } => (job, self.record.invalidate(spare).map(|_| ())),
+            Command::Fetch { job, release } => {
+                self.holds[spare as usize] = release.image().release_id;
+                (job, Ok(()))
+            }
+            Command::ReadBack { job, .. } => (job, Ok(())),
+            Command::MarkTrial { job, image, tries } => {
+                let generation = self.updater.state().update.as_ref().unwrap().generation;
+                *self.trials.entry(generation).or_default() += 1;
+                (job, self.record.mark_trial(spare, image, tries))
+            }
+            Command::Confirm { job, floor } => (job, self.record.confirm(self.running, floor).map(|_| ())),
+            Command::Reject { job } => (job, self.record.reject(self.running).map(|_| ())),
+            Command::Cancel | Command::Reboot => return None,
+        };
+        result.unwrap();
+        Some(job)
+    }
+
+    /// The job under way succeeds.
+    pub fn finish_job(&mut self) {
+        let asks = matches!(self.job, Some(Command::AskConsent { .. }));
+        let Some(job) = self.do_job() else { return };
+        self.job = None;
+        if asks {
+            self.feed(Input::Consent { job, consent: Consent::Go });
+        } else {
+            self.end_job(job, Ok(()));
+        }
+    }
+
+    /// The job under way fails without having changed anything.
+    pub fn fail_job(&mut self, trouble: Trouble) {
+        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else { return };
+        self.end_job(job, Err(trouble));
+    }
+
+    fn end_job(&mut self, job: JobId, result: Result<(), Trouble>) {
+        let boot = Some(self.record.view(self.boot_id.to_string(), self.running));
+        self.feed(Input::Done { job, result, boot });
+    }
+
+    pub fn answer(&mut self, consent: Consent) {
+        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else { return };
+        self.feed(Input::Consent { job, consent });
+    }
+
+    /// Finishes jobs until there are none.
+    pub fn run(&mut self) {
+        while self.job.is_some() {
+            self.finish_job();
+        }
+    }
+
+    pub fn pass(&mut self, time: Duration) {
+        self.now.mono += time;
+        self.now.wall = self.now.wall.saturating_add(time);
+        if self.updater.poll_timeout().is_some_and(|at| at <= self.now.mono) {
+            self.feed(Input::Timer);
+        }
+    }
+
+    /// The process ends without warning and starts again in the same boot.
+    pub fn restart(&mut self) {
+        self.job = None;
+        self.reboot_due = false;
+        self.now.mono = Duration::ZERO;
+        self.updater = start(
+            &self.policy,
+            &self.record,
+            self.boot_id,
+            self.running,
+            &self.saved,
+            &mut self.trust,
+            self.now,
+        );
+        self.settle();
+    }
+
+    /// Power is cut, or the due reboot happens: the bootloader decides.
+    pub fn reboot(&mut self) {
+        self.running = self.record.boot().expect("a slot boots");
+        self.boot_id += 1;
+        self.restart();
+    }
+
+    /// Everything in the state directory is lost.
+    pub fn lose_state(&mut self) {
+        self.saved = (serde_json::to_string(&State::new("4567".repeat(8))).unwrap(), None);
+        self.reports.clear();
+    }
+
+    pub fn lose_manifest(&mut self) {
+        self.saved.1 = None;
+    }
+
+    // ---- the server's side ----
+
+    pub fn notice(&self, generation: u64, spec: &Spec) -> Notice {
+        Notice {
+            generation,
+            attempt: 1,
+            nonce: format!("nonce-{generation}"),
+            action: Action::Install,
+            file_id: spec.file_id().to_string(),
+            manifest: spec.envelope().into(),
+            not_before: None,
+            spread: Duration::ZERO,
+        }
+    }
+
+    pub fn offer(&mut self, generation: u64, spec: &Spec) {
+        self.feed(Input::Notice(self.notice(generation, spec)));
+    }
+
+    pub fn order(&mut self, generation: u64, action: Action) {
+        let notice = Notice { action, manifest: [].into(), file_id: String::new(), ..self.notice(generation, &Spec::good(1)) };
+        self.feed(Input::Notice(notice));
+    }
+
+    pub fn register(&mut self) {
+        self.feed(Input::Registered { report_interval: Duration::from_secs(1) });
+    }
+
+    /// The server commits everything; `generation` is the present one.
+    pub fn ack(&mut self, generation: u64) {
+        let upto_seq = self.updater.state().outbox.last_seq();
+        self.feed(Input::Acked { upto_seq, generation });
+    }
+
+    pub fn revoke(&mut self, version: u64, ids: &[ReleaseId]) {
+        let product = "gateway".parse().unwrap();
+        let list = Revocation {
+            product: "gateway".parse().unwrap(),
+            root_version: 1,
+            version,
+            issued: START,
+            expires: START.saturating_add(DAY),
+            revoked: BTreeSet::from_iter(ids).into_iter().map(|id| Revoked { release_id: *id, reason: "bad".into() }).collect(),
+            min_security_counter: 0,
+            crit: Vec::new(),
+        };
+        let mut envelope = list.to_envelope().unwrap();
+        envelope.sign(&key(RELEASE_KEY)).unwrap();
+        if self.trust.apply_revocation(&product, &envelope.to_bytes()).unwrap_or(false) {
+            self.feed(Input::TrustChanged);
+        }
+    }
+
+    /// The next root takes the release role from the first key.
+    pub fn replace_release_key(&mut self) {
+        let mut next = self.trust.root().next(START, START.saturating_add(DAY * 3650));
+        next.add_key(key(NEXT_RELEASE_KEY).public());
+        next.roles.release = fwpush_keys::root::RoleKeys::new(1, &[key(NEXT_RELEASE_KEY).public()]);
+        next.drop_unused_keys();
+        self.trust.apply_roots(&[signed_root(&next)]).unwrap();
+        self.feed(Input::TrustChanged);
+    }
+
+    // ---- looking at it ----
+
+    pub fn spare_holds(&self) -> Option<ReleaseId> {
+        self.holds[self.running.other() as usize]
+    }
+
+    /// From a notice to the FileAck.
+    pub fn until_file_ack(&mut self, generation: u64, spec: &Spec) {
+        self.offer(generation, spec);
+        self.run();
+        assert_eq!(self.phase(), Phase::Verified);
+    }
+
+    /// From a notice to the due reboot.
+    pub fn until_reboot(&mut self, generation: u64, spec: &Spec) {
+        self.until_file_ack(generation, spec);
+        self.ack(generation);
+        self.run();
+        assert!(self.reboot_due);
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phases
+            .last()
+            .map_or(Phase::Cancelled, |(_, phase)| *phase)
+    }
+
+    pub fn ended(&self) -> (Phase, Option<String>) {
+        let outcome = self.updater.state().outcome.as_ref().expect("an update ended");
+        (outcome.phase, outcome.failure.as_ref().map(|failure| failure.code.clone()))
+    }
+
+    pub fn code(&self) -> &str {
+        self.last_failure.as_ref().map_or("", |failure| &failure.code)
+    }
+
+    pub fn floor(&self) -> u64 {
+        self.updater.state().floor
+    }
+
+    pub fn last_report(&self) -> &Report {
+        self.updater.state().outbox.reports().last().expect("something waits")
+    }
+
+    pub fn last_decision(&self) -> Option<Decision> {
+        let replies = self.updater.state().outbox.reports().filter_map(|report| match &report.kind {
+            ReportKind::Reply { decision, .. } => Some(decision.clone()),
+            _ => None,
+        });
+        replies.last()
+    }
+
+    /// The bounds and orders that hold whatever happens.
+    fn check_invariants(&self) {
+        let state = self.updater.state();
+        assert!(self.record.slots.iter().any(|slot| slot.state == SlotState::Confirmed), "{:?}", self.record);
+        assert!(self.trials.values().all(|trials| *trials <= 1), "a generation was tried twice: {:?}", self.trials);
+        assert!(state.outbox.reports().count() <= limits::OUTBOX + 1);
+        assert!(state.installs.len() <= self.policy.installs_per_window);
+        assert!(state.failed.len() <= limits::FAILED_RELEASES);
+        let seqs: Vec<u64> = state.outbox.reports().map(|report| report.seq).collect();
+        assert!(seqs.is_sorted() && seqs.last().is_none_or(|last| *last <= state.outbox.last_seq()));
+        let again: State = serde_json::from_str(&self.saved.0).expect("what was saved can be read");
+        assert!(again.observed_generation <= state.observed_generation);
+    }
+}
+
+fn start(
+    policy: &Policy,
+    record: &BootRecord,
+    boot_id: u64,
+    running: SlotId,
+    saved: &(String, Option<Vec<u8>>),
+    trust: &mut TrustStore,
+    now: Now,
+) -> Updater {
+    let device = DeviceFacts {
+        product: "gateway".parse().unwrap(),
+        hw_id: "board-a".parse().unwrap(),
+        hw_rev: 1,
+        channels: vec!["stable".parse().unwrap()],
+        agent_version: semver::Version::new(0, 1, 0),
+        built_in_floor: 0,
+    };
+    let start = Start {
+        device,
+        policy: policy.clone(),
+        spare_capacity: CAPACITY,
+        boot: record.view(boot_id.to_string(), running),
+        state: serde_json::from_str(&saved.0).unwrap(),
+        manifest: saved.1.clone(),
+        seed: boot_id,
+    };
+    Updater::start(start, &mut Context { now, trust })
+}
+
+fn job_of(command: &Command) -> Option<JobId> {
+    match command {
+        Command::AskConsent { job, .. }
+        | Command::InvalidateSpare { job }
+        | Command::Fetch { job, .. }
+        | Command::ReadBack { job, .. }
+        | Command::MarkTrial { job, .. }
+        | Command::CheckHealth { job }
+        | Command::Confirm { job, .. }
+        | Command::Reject { job } => Some(*job),
+        Command::Cancel | Command::Reboot => None,
+    }
+}
+
+fn name(command: &Command) -> &'static str {
+    match command {
+        Command::AskConsent { .. } => "ask",
+        Command::InvalidateSpare { .. } => "invalidate",
+        Command::Fetch { .. } => "fetch",
+        Command::ReadBack { .. } => "read back",
+        Command::MarkTrial { .. } => "mark",
+        Command::CheckHealth { .. } => "check",
+        Command::Confirm { .. } => "confirm",
+        Command::Reject { .. } => "reject",
+        Command::Cancel => "cancel",
+        Command::Reboot => "reboot",
+    }
+}
