@@ -214,7 +214,11 @@ mod tests {
     #[test]
     fn the_examples_can_be_typed() {
         let id = "0190d7a2-7e4a-7c52-a05a-1f4f0d7f3b11";
-        assert!(examples().len() > 40, "the examples are found: {}", examples().len());
+        assert!(
+            examples().len() > 40,
+            "the examples are found: {}",
+            examples().len()
+        );
         for example in examples() {
             let line = example
                 .replace("KEYID", &"0".repeat(64))

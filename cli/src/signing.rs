@@ -194,20 +194,24 @@ async fn run_signer(command: &str, message: &[u8]) -> Result<[u8; 64]> {
     })
 }
 
-/// 64 bytes as they are, or as hex or base64 (both alphabets, with or without padding) with white space around.
+/// 64 bytes as they are, or as hex or base64 (both alphabets, with or without padding) with any white space.
 fn parse_signature(answer: &[u8]) -> Option<[u8; 64]> {
     if let Ok(raw) = answer.try_into() {
         return Some(raw);
     }
     const EITHER_PADDING: GeneralPurposeConfig =
         GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let text = std::str::from_utf8(answer).ok()?.trim();
+    // Tools break lines after 64 or 76 characters.
+    let text: String = std::str::from_utf8(answer)
+        .ok()?
+        .split_ascii_whitespace()
+        .collect();
     let alphabet = if text.contains(['-', '_']) {
         &alphabet::URL_SAFE
     } else {
         &alphabet::STANDARD
     };
-    hex::decode(text)
+    hex::decode(&text)
         .or_else(|_| GeneralPurpose::new(alphabet, EITHER_PADDING).decode(text))
         .ok()?
         .try_into()
@@ -257,6 +261,13 @@ mod tests {
             assert_eq!(sign_with(&args, &others).await.unwrap(), [key.public()]);
         }
         assert_eq!(parse_signature(&[7; 64]), Some([7; 64]), "raw");
+        let (head, tail) = ("07".repeat(40), "07".repeat(24));
+        assert_eq!(
+            parse_signature(format!("{head}\n{tail}\n").as_bytes()),
+            Some([7; 64]),
+            "in lines"
+        );
+        assert_eq!(parse_signature(&[7; 63]), None);
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     Context,
-    args::ReleaseRun,
+    args::{ManifestArgs, ReleaseRun},
     client::Client,
     failure::{Doing as _, Failure, Result},
     image::Image,
@@ -138,30 +138,41 @@ async fn prepare(context: &Context, client: &Client, args: &ReleaseRun) -> Resul
 }
 
 /// What the product's earlier releases and its revocation list ask of this one.
+///
+/// A version that is taken is refused here, before a long upload; the server looks again.
 async fn known(client: &Client, args: &ReleaseRun, present: &Present) -> Result<build::Known> {
-    let (product, channel) = (
-        args.manifest.product.to_string(),
-        args.manifest.channel.as_str(),
-    );
-    let releases = release::releases(client, product.clone()).await?;
+    let ManifestArgs {
+        product,
+        channel,
+        version,
+        ..
+    } = &args.manifest;
+    let earlier = release::releases(client, product.to_string()).await?;
+    let in_channel = || {
+        earlier
+            .iter()
+            .filter(|release| release.channel == channel.as_str())
+    };
+    if let Some(taken) = in_channel().find(|release| release.version == version.to_string()) {
+        let id = &taken.release_id;
+        return Err(Failure::new(format!(
+            "version {version} is taken: product {product} has it in channel {channel} as release {id}"
+        ))
+        .next(format!(
+            "Give this one a new version, or roll that one out: fwpush rollout start --release {id} --to ..."
+        )));
+    }
+    let newest_seq = in_channel().map(|release| release.seq).max();
+    let newest_counter = earlier.iter().map(|release| release.security_counter).max();
     let revocation = present
         .info
         .revocations
         .iter()
-        .find(|list| list.product == product);
-    let floor = revocation.map_or(0, |list| list.min_security_counter);
-    let newest_seq = releases
-        .iter()
-        .filter(|release| release.channel == channel)
-        .map(|release| release.seq)
-        .max();
+        .find(|list| list.product == product.as_str());
     Ok(build::Known {
-        security_counter: releases
-            .iter()
-            .map(|release| release.security_counter)
-            .max()
-            .unwrap_or(0)
-            .max(floor),
+        security_counter: newest_counter
+            .max(revocation.map(|list| list.min_security_counter))
+            .unwrap_or(0),
         least_seq: newest_seq.map_or(0, |seq| seq.saturating_add(1)),
         revocation: revocation.and_then(|list| list.version).map_or(
             RevocationVersion::NONE,
