@@ -438,3 +438,6 @@ fn check(config: &FleetConfig) -> Result<(), SimError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
