@@ -15,7 +15,7 @@ use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
 use thiserror::Error;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
     time::Instant,
 };
@@ -72,7 +72,7 @@ pub struct ChannelSettings {
     pub stream_window_bytes: u32,
     pub connection_window_bytes: u32,
     pub max_frame_bytes: u32,
-    /// For TCP and TLS together.
+    /// For TCP, TLS and the server's first bytes together.
     pub connect_timeout: Duration,
 }
 
@@ -147,7 +147,8 @@ pub async fn connect(
     dial: &dyn Dial,
 ) -> Result<Connection, ConnectError> {
     let timeout = settings.connect_timeout;
-    let dialled = tokio::time::timeout(timeout, dial.dial(server, tls))
+    let dialled = async { first_bytes(dial.dial(server, tls).await?).await };
+    let dialled = tokio::time::timeout(timeout, dialled)
         .await
         .map_err(|_| ConnectError::Timeout {
             server: server.to_owned(),
@@ -181,9 +182,21 @@ pub async fn connect(
     Ok(Connection { channel, last_byte })
 }
 
+/// Waits for the first bytes of the server, which are still to be read afterwards. It sends its SETTINGS without being asked
+/// (RFC 9113 section 3.4); and in TLS 1.3 it refuses our certificate only after our side of the handshake is done, so that
+/// this is where the alert is seen. Later it would be lost among the errors of the connection that it ended.
+async fn first_bytes(io: Box<dyn Io>) -> io::Result<BufReader<Box<dyn Io>>> {
+    // Larger reads go past the buffer.
+    let mut io = BufReader::with_capacity(64, io);
+    if io.fill_buf().await?.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(io)
+}
+
 /// Notes each byte that arrives: anything received is a sign of life.
 struct Listening {
-    io: Box<dyn Io>,
+    io: BufReader<Box<dyn Io>>,
     last_byte: LastByte,
 }
 
@@ -194,7 +207,7 @@ impl AsyncRead for Listening {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        let result = Pin::new(&mut *self.io).poll_read(cx, buf);
+        let result = Pin::new(&mut self.io).poll_read(cx, buf);
         if buf.filled().len() > before {
             self.last_byte.touch();
         }
@@ -208,7 +221,7 @@ impl AsyncWrite for Listening {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.io).poll_write(cx, buf)
+        Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -216,7 +229,7 @@ impl AsyncWrite for Listening {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut *self.io).poll_write_vectored(cx, bufs)
+        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -224,10 +237,10 @@ impl AsyncWrite for Listening {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.io).poll_flush(cx)
+        Pin::new(&mut self.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut *self.io).poll_shutdown(cx)
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }

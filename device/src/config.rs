@@ -303,6 +303,7 @@ impl Config {
                 .unwrap_or(default.connection_window_bytes),
             max_frame_bytes: section.max_frame_bytes.unwrap_or(default.max_frame_bytes),
             chunk_bytes: section.chunk_bytes.unwrap_or(default.chunk_bytes),
+            retry: default.retry,
             bandwidth_limit: section.bandwidth_limit_bytes_per_s,
             mirror_hosts: section.mirror_hosts.clone(),
         }

@@ -116,9 +116,14 @@ async fn run_command(argv: &[String], timeout: Duration, subject: &HealthSubject
         Ok(Ok(status)) if status.success() => Verdict::Healthy,
         Ok(Ok(status)) => {
             let words = words.await.unwrap_or_default();
-            Verdict::Unhealthy(format!("the health check ended with {status}: {}", words.trim()))
+            Verdict::Unhealthy(format!(
+                "the health check ended with {status}: {}",
+                words.trim()
+            ))
         }
-        Ok(Err(error)) => Verdict::Unhealthy(format!("the health check could not be waited for: {error}")),
+        Ok(Err(error)) => {
+            Verdict::Unhealthy(format!("the health check could not be waited for: {error}"))
+        }
         Err(_) => Verdict::Unhealthy(format!("the health check did not end within {timeout:?}")),
     }
 }

@@ -104,7 +104,11 @@ impl Link {
     /// Runs until it is stopped or the agent is gone.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         // Also the first time: a whole fleet comes back at once when the power does.
-        let jitter = if self.settings.once { 0.0 } else { self.random.random() };
+        let jitter = if self.settings.once {
+            0.0
+        } else {
+            self.random.random()
+        };
         let mut wait = self.settings.reconnect.min.mul_f64(jitter);
         let mut last_server = String::new();
         loop {
@@ -199,7 +203,9 @@ impl Backoff {
         if let Some(spread) = ended.reconnect_spread {
             self.spread = spread;
         }
-        let drain = ended.drain.map(|at| at.saturating_duration_since(Instant::now()));
+        let drain = ended
+            .drain
+            .map(|at| at.saturating_duration_since(Instant::now()));
         if ended.lasted >= self.settings.stable_after {
             self.failures = 0;
             if let Some(drain) = drain {

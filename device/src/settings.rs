@@ -48,6 +48,8 @@ pub struct TransferSettings {
     pub max_frame_bytes: u32,
     /// Largest `FileChunk.content` asked for, bytes, 16 KiB to 1 MiB.
     pub chunk_bytes: u32,
+    /// The first wait before a download that failed is tried again; doubles up to [`limits::RETRY_MAX`].
+    pub retry: Duration,
     /// Average bytes a second; `None` for as fast as it goes.
     pub bandwidth_limit: Option<u64>,
     /// Hosts from which https mirrors may be used; none by default.
@@ -62,6 +64,7 @@ impl Default for TransferSettings {
             connection_window_bytes: limits::CONNECTION_WINDOW_BYTES,
             max_frame_bytes: limits::MAX_FRAME_BYTES,
             chunk_bytes: limits::CHUNK_BYTES,
+            retry: limits::RETRY_MIN,
             bandwidth_limit: None,
             mirror_hosts: Vec::new(),
         }

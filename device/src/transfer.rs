@@ -161,6 +161,7 @@ impl<S: Slots> Transfer<S> {
 struct Tries {
     /// Asked for; smaller after a stall, so that a slow link completes a chunk.
     chunk_bytes: u32,
+    first_wait: Duration,
     /// Since the last progress.
     failures: u32,
     server_refusals: u32,
@@ -174,6 +175,7 @@ impl Tries {
     fn new(settings: &TransferSettings) -> Self {
         Self {
             chunk_bytes: settings.chunk_bytes,
+            first_wait: settings.retry,
             failures: 0,
             server_refusals: 0,
             outline_refusals: 0,
@@ -221,7 +223,8 @@ impl Tries {
             PullError::Link(_) => {}
         }
         self.failures = (self.failures + 1).min(16);
-        let ceiling = limits::RETRY_MIN
+        let ceiling = self
+            .first_wait
             .saturating_mul(1 << self.failures)
             .min(limits::RETRY_MAX);
         Ok(ceiling.mul_f64(random.random()))

@@ -44,7 +44,10 @@ impl<S: Slots> Agent<S> {
 
     pub(super) fn on_notice(&mut self, notice: v1::FileNotice) {
         let notice = wire::notice(notice);
-        self.tell(AgentEvent::Notice { generation: notice.generation, action: notice.action });
+        self.tell(AgentEvent::Notice {
+            generation: notice.generation,
+            action: notice.action,
+        });
         self.feed(Input::Notice(notice));
     }
 
@@ -160,7 +163,11 @@ pub(super) struct NoticeGate {
 
 impl NoticeGate {
     pub(super) fn new(now: Instant) -> Self {
-        Self { passes: limits::NOTICE_BURST, next: now + limits::NOTICE_INTERVAL, held: None }
+        Self {
+            passes: limits::NOTICE_BURST,
+            next: now + limits::NOTICE_INTERVAL,
+            held: None,
+        }
     }
 
     /// The notice, or nothing while it must wait.
@@ -210,21 +217,32 @@ mod tests {
     use super::*;
 
     fn notice(generation: u64) -> v1::FileNotice {
-        v1::FileNotice { generation, ..Default::default() }
+        v1::FileNotice {
+            generation,
+            ..Default::default()
+        }
     }
 
     #[test]
     fn a_flood_of_notices_is_thinned_to_the_latest() {
         let start = Instant::now();
         let mut gate = NoticeGate::new(start);
-        let flood = |gate: &mut NoticeGate, now| (1..=1_000).filter_map(|n| gate.pass(notice(n), now)).count();
+        let flood = |gate: &mut NoticeGate, now| {
+            (1..=1_000)
+                .filter_map(|n| gate.pass(notice(n), now))
+                .count()
+        };
         assert_eq!(flood(&mut gate, start), limits::NOTICE_BURST as usize);
         assert!(gate.take_held(start).is_none());
         let ready = gate.ready_at().unwrap();
         assert_eq!(gate.take_held(ready).unwrap().generation, 1_000);
         assert!(gate.ready_at().is_none());
         let late = ready + limits::NOTICE_INTERVAL * 100;
-        assert_eq!(flood(&mut gate, late), limits::NOTICE_BURST as usize, "a long silence earns no more than a burst");
+        assert_eq!(
+            flood(&mut gate, late),
+            limits::NOTICE_BURST as usize,
+            "a long silence earns no more than a burst"
+        );
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub(super) struct JobEnd {
     job: JobId,
     result: Result<(), Trouble>,
     /// The boot record after it.
-    boot: Option<BootView>,
+    boot: Option<Box<BootView>>,
 }
 
 impl<S: Slots> Agent<S> {
@@ -122,7 +122,12 @@ fn spawn<S: Slots>(
 ) {
     wires.jobs.spawn(async move {
         let result = work.await;
-        let boot = slots.run(Slots::view).await.ok().and_then(Result::ok);
+        let boot = slots
+            .run(Slots::view)
+            .await
+            .ok()
+            .and_then(Result::ok)
+            .map(Box::new);
         JobEnd { job, result, boot }
     });
 }

@@ -218,7 +218,13 @@ impl<'a> Session<'a> {
 
     /// An acknowledgement is waited for from when a report became the oldest, however many come after it.
     fn watch_oldest(&mut self) {
-        let oldest = self.link.inputs.outbox.borrow().first().map(|report| report.seq);
+        let oldest = self
+            .link
+            .inputs
+            .outbox
+            .borrow()
+            .first()
+            .map(|report| report.seq);
         if oldest != self.oldest_seq {
             self.oldest_seq = oldest;
             self.resends = 0;

@@ -82,9 +82,14 @@ impl FileSlots {
 
     /// What the boot record and the present boot say; makes and writes nothing. `None`: there is no boot record.
     pub fn look(boot_record: &Path) -> Result<Option<BootView>, SlotError> {
-        let Some(record) = RecordFile::look(boot_record)? else { return Ok(None) };
+        let Some(record) = RecordFile::look(boot_record)? else {
+            return Ok(None);
+        };
         let boot = read_boot(&boot_record.with_added_extension("running"))?;
-        let boot = boot.unwrap_or(Boot { id: String::new(), running: record.preferred });
+        let boot = boot.unwrap_or(Boot {
+            id: String::new(),
+            running: record.preferred,
+        });
         Ok(Some(record.view(boot.id, boot.running)))
     }
 

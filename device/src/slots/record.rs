@@ -349,11 +349,20 @@ impl RecordFile {
         let file = match File::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(SlotError::File { operation: "open boot record", path: path.into(), source }),
+            Err(source) => {
+                return Err(SlotError::File {
+                    operation: "open boot record",
+                    path: path.into(),
+                    source,
+                });
+            }
         };
         match read_copies(&file) {
             Ok((_, record)) => Ok(Some(record)),
-            Err(source) => Err(SlotError::Record { path: path.into(), source }),
+            Err(source) => Err(SlotError::Record {
+                path: path.into(),
+                source,
+            }),
         }
     }
 
@@ -459,11 +468,22 @@ fn read_copies(file: &File) -> Result<(usize, BootRecord), RecordError> {
         let mut copy = [0; COPY_BYTES];
         let decoded = match file.read_exact_at(&mut copy, offset) {
             Ok(()) => BootRecord::decode(&copy),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err("the file is too short"),
-            Err(source) => return Err(RecordError::Io { operation: "read", source }),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err("the file is too short")
+            }
+            Err(source) => {
+                return Err(RecordError::Io {
+                    operation: "read",
+                    source,
+                });
+            }
         };
         match decoded {
-            Ok(record) if found.as_ref().is_none_or(|(_, best)| best.sequence < record.sequence) => {
+            Ok(record)
+                if found
+                    .as_ref()
+                    .is_none_or(|(_, best)| best.sequence < record.sequence) =>
+            {
                 found = Some((at, record));
             }
             Ok(_) => {}
@@ -578,12 +598,7 @@ mod tests {
             for (first, second) in [(&after, &before), (&before, &after)] {
                 let torn: Vec<u8> = first[..cut].iter().chain(&second[cut..]).copied().collect();
                 std::fs::write(&path, &torn).unwrap();
-                let found = RecordFile::open(&path)
-                    .unwrap()
-                    .unwrap()
-                    .get()
-                    .unwrap()
-                    .clone();
+                let found = RecordFile::look(&path).unwrap().unwrap();
                 assert!(found == old || found == new, "cut at {cut}: {found:?}");
             }
         }

@@ -139,7 +139,7 @@ pub enum Input {
     Done {
         job: JobId,
         result: Result<(), Trouble>,
-        boot: Option<BootView>,
+        boot: Option<Box<BootView>>,
     },
 }
 

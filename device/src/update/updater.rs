@@ -134,7 +134,7 @@ impl Updater {
             }
             Input::Done { job, result, boot } => {
                 if let Some(boot) = boot {
-                    self.boot = boot;
+                    self.boot = *boot;
                 }
                 if let Some(kind) = self.end_job(job) {
                     self.on_done(kind, result, context);

@@ -36,8 +36,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::{
-    Agent, AgentEvent, AgentParts, AgentSettings, BootRecord, BootView, Dial, Dialling, Exit, Health, ImageFacts, Io,
-    MemoryStore, SlotError, SlotId, Slots, Store, always_consent,
+    Agent, AgentEvent, AgentParts, AgentSettings, BootRecord, BootView, Dial, Dialling, Exit,
+    Health, ImageFacts, Io, MemoryStore, SlotError, SlotId, Slots, Store, always_consent,
 };
 
 pub const GROUP: usize = 65_536;
@@ -123,7 +123,10 @@ impl Slots for MemorySlots {
     fn write_spare(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SlotError> {
         let mut inner = self.0.lock().unwrap();
         let spare = inner.running.other() as usize;
-        assert_eq!(inner.record.slots[spare].state, crate::SlotState::Unbootable);
+        assert_eq!(
+            inner.record.slots[spare].state,
+            crate::SlotState::Unbootable
+        );
         inner.content[spare][offset as usize..offset as usize + bytes.len()].copy_from_slice(bytes);
         inner.writes.push(offset);
         Ok(())
@@ -145,7 +148,10 @@ impl Slots for MemorySlots {
     fn mark_trial(&mut self, image: &ImageFacts, tries: u8) -> Result<(), SlotError> {
         let mut inner = self.0.lock().unwrap();
         let spare = inner.running.other();
-        inner.record.mark_trial(spare, image.clone(), tries).unwrap();
+        inner
+            .record
+            .mark_trial(spare, image.clone(), tries)
+            .unwrap();
         Ok(())
     }
 
@@ -238,7 +244,11 @@ impl PushService for Shared {
         }
         notices.mark_changed();
         tokio::spawn(async move {
-            let send = async |kind| out.send(Ok(ServerMessage { kind: Some(kind) })).await.is_ok();
+            let send = async |kind| {
+                out.send(Ok(ServerMessage { kind: Some(kind) }))
+                    .await
+                    .is_ok()
+            };
             loop {
                 tokio::select! {
                     message = inbound.message() => {
@@ -282,7 +292,10 @@ impl Server {
             }
             FromDevice::Heartbeat(beat) => {
                 let desired_generation = books.generation;
-                let ack = v1::HeartbeatAck { timestamp: beat.timestamp, desired_generation };
+                let ack = v1::HeartbeatAck {
+                    timestamp: beat.timestamp,
+                    desired_generation,
+                };
                 return vec![ToDevice::HeartbeatAck(ack)];
             }
             FromDevice::NoticeReply(reply) => reply.seq,
@@ -293,7 +306,10 @@ impl Server {
         if books.silent {
             return Vec::new();
         }
-        vec![ToDevice::ReportAck(v1::ReportAck { upto_seq: seq, generation: books.generation })]
+        vec![ToDevice::ReportAck(v1::ReportAck {
+            upto_seq: seq,
+            generation: books.generation,
+        })]
     }
 }
 
@@ -385,13 +401,19 @@ async fn send(
         let shift = u64::from(matches!(fault, Some(Fault::WrongOffset)));
         let empty = matches!(fault, Some(Fault::EmptyChunks));
         let chunk = FileChunk {
-            content: if empty { Default::default() } else { content.to_vec().into() },
+            content: if empty {
+                Default::default()
+            } else {
+                content.to_vec().into()
+            },
             sequence: sequence as u64,
             is_last: sequence == last || matches!(fault, Some(Fault::LastTooSoon)),
             offset: request.offset + sent + shift,
         };
         sent += content.len() as u64;
-        server.sent.fetch_add(content.len() as u64, Ordering::Relaxed);
+        server
+            .sent
+            .fetch_add(content.len() as u64, Ordering::Relaxed);
         if out.send(Ok(chunk)).await.is_err() {
             return;
         }
@@ -455,13 +477,24 @@ impl Bench {
         let device_ca = Ca::generate(Role::Device, &domain, now, 10).unwrap();
         let node_ca = Ca::generate(Role::Node, &domain, now, 10).unwrap();
         let (key, csr) = fwpush_keys::new_key_and_csr().unwrap();
-        let identity = Identity { trust_domain: domain.clone(), role: Role::Device, id: "dev-1".into() };
-        let certificate = device_ca.issue_for_csr(&csr, &identity, &[], now, 100).unwrap();
+        let identity = Identity {
+            trust_domain: domain.clone(),
+            role: Role::Device,
+            id: "dev-1".into(),
+        };
+        let certificate = device_ca
+            .issue_for_csr(&csr, &identity, &[], now, 100)
+            .unwrap();
         let [root_key, release_key] = [1, 2].map(|number| SigningKey::from_secret(&[number; 32]));
         let expires = now.saturating_add(Duration::from_secs(1_000_000));
-        let mut root =
-            Root::first(now, expires, (1, &[root_key.public()]), (1, &[release_key.public()]));
-        root.products.insert("gateway".parse().unwrap(), ProductRule::new(1_000));
+        let mut root = Root::first(
+            now,
+            expires,
+            (1, &[root_key.public()]),
+            (1, &[release_key.public()]),
+        );
+        root.products
+            .insert("gateway".parse().unwrap(), ProductRule::new(1_000));
         let server = Arc::new(Server {
             books: Mutex::default(),
             notice: watch::channel(None).0,
@@ -486,10 +519,14 @@ impl Bench {
             1,
             "stable".parse().unwrap(),
         );
+        settings.transfer.retry = Duration::from_millis(1);
         settings.reconnect.min = Duration::from_millis(1);
         settings.reconnect.max = Duration::from_millis(20);
         Self {
-            dial: Arc::new(PipeDial { incoming: incoming_tx, server: Arc::clone(&server) }),
+            dial: Arc::new(PipeDial {
+                incoming: incoming_tx,
+                server: Arc::clone(&server),
+            }),
             server,
             slots: MemorySlots::new(20 * GROUP),
             store: Arc::new(MemoryStore::default()),
@@ -510,7 +547,10 @@ impl Bench {
         envelope.to_bytes()
     }
 
-    pub fn agent(&self, observer: impl Fn(AgentEvent) + Send + Sync + 'static) -> Agent<MemorySlots> {
+    pub fn agent(
+        &self,
+        observer: impl Fn(AgentEvent) + Send + Sync + 'static,
+    ) -> Agent<MemorySlots> {
         self.agent_on(self.slots.clone(), observer)
     }
 
@@ -536,7 +576,10 @@ impl Bench {
     }
 
     /// Runs an agent until it ends by itself or an event says that the story is over. Returns all events.
-    pub async fn run_until(&self, over: impl Fn(&AgentEvent) -> bool) -> (Option<Exit>, Vec<AgentEvent>) {
+    pub async fn run_until(
+        &self,
+        over: impl Fn(&AgentEvent) -> bool,
+    ) -> (Option<Exit>, Vec<AgentEvent>) {
         self.run_on(self.slots.clone(), over).await
     }
 
@@ -567,16 +610,23 @@ impl Bench {
                 }
             }
         };
-        let exit = tokio::time::timeout(Duration::from_secs(60), story).await.expect("the story ends");
+        let exit = tokio::time::timeout(Duration::from_secs(60), story)
+            .await
+            .expect("the story ends");
         (Some(exit).filter(|exit| *exit != Exit::Stopped), seen)
     }
 
     /// Publishes an image and makes it what the device should run.
     pub fn release(&self, generation: u64, version: &str, image: &[u8]) -> ReleaseId {
         let notice = self.notice(generation, version, image);
-        let release_id = Release::from_payload(Envelope::parse(&notice.manifest).unwrap().payload()).unwrap().release_id;
+        let release_id =
+            Release::from_payload(Envelope::parse(&notice.manifest).unwrap().payload())
+                .unwrap()
+                .release_id;
         let mut books = self.server.books.lock().unwrap();
-        books.files.insert(notice.file_id.clone(), Arc::new(image.to_vec()));
+        books
+            .files
+            .insert(notice.file_id.clone(), Arc::new(image.to_vec()));
         books.generation = generation;
         drop(books);
         self.server.notice.send_replace(Some(notice));
@@ -595,12 +645,21 @@ impl Bench {
             revocation_version: RevocationVersion::NONE,
             issued: self.now,
             expires: self.now.saturating_add(Duration::from_secs(100_000)),
-            hw: vec![HwRange { id: "board-a".parse().unwrap(), rev_min: 0, rev_max: 9 }],
+            hw: vec![HwRange {
+                id: "board-a".parse().unwrap(),
+                rev_min: 0,
+                rev_max: 9,
+            }],
             requires: Requires::default(),
             min_agent: None,
             class: None,
             advisory_url: None,
-            components: vec![Component::plain("system", image.len() as u64, file_id, [0; 32])],
+            components: vec![Component::plain(
+                "system",
+                image.len() as u64,
+                file_id,
+                [0; 32],
+            )],
             crit: Vec::new(),
         };
         let mut envelope = release.to_envelope().unwrap();
@@ -644,5 +703,7 @@ impl Bench {
 /// Bytes that do not repeat within a group or over groups, so that every group is another.
 pub fn image(groups: usize, tail: usize) -> Vec<u8> {
     let length = groups * GROUP + tail;
-    (0..length as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u8).collect()
+    (0..length as u64)
+        .map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u8)
+        .collect()
 }

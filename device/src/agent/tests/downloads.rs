@@ -10,7 +10,9 @@ fn ended(event: &AgentEvent) -> bool {
 
 async fn end_of(bench: &Bench) -> (Phase, Option<Failure>, Vec<AgentEvent>) {
     let (_, events) = bench.run_until(ended).await;
-    let Some(AgentEvent::Phase { phase, failure, .. }) = events.iter().rfind(|event| matches!(event, AgentEvent::Phase { .. }))
+    let Some(AgentEvent::Phase { phase, failure, .. }) = events
+        .iter()
+        .rfind(|event| matches!(event, AgentEvent::Phase { .. }))
     else {
         panic!("{events:?}");
     };
@@ -22,10 +24,19 @@ async fn a_download_goes_on_where_it_was_cut() {
     let bench = Bench::new();
     let image = image(12, 77);
     bench.release(1, "1.1.0", &image);
-    bench.faults(&[Fault::CutAfter(150_000), Fault::BreakAfter(150_000), Fault::CutAfter(0), Fault::CutAfter(70_000)]);
+    bench.faults(&[
+        Fault::CutAfter(150_000),
+        Fault::BreakAfter(150_000),
+        Fault::CutAfter(0),
+        Fault::CutAfter(70_000),
+    ]);
     assert_eq!(bench.run_until(ended).await.0, Some(Exit::RebootDue));
     assert_eq!(bench.slots.content(SlotId::B, image.len()), image);
-    assert_eq!(bench.store.groups_written(), 13, "no group was written twice");
+    assert_eq!(
+        bench.store.groups_written(),
+        13,
+        "no group was written twice"
+    );
     let mut writes = bench.writes();
     writes.dedup();
     assert_eq!(writes.len(), 13);
@@ -40,13 +51,23 @@ async fn a_flipped_bit_in_the_stored_file_is_found_within_its_group_and_named() 
     bench.stuck_fault(Fault::Flip(at as u64));
     let (phase, failure, events) = end_of(&bench).await;
     let failure = failure.unwrap();
-    assert_eq!((phase, failure.code.as_str()), (Phase::Failed, "GROUP_MISMATCH"));
+    assert_eq!(
+        (phase, failure.code.as_str()),
+        (Phase::Failed, "GROUP_MISMATCH")
+    );
     let range = format!("group 3 (bytes {} to {})", 3 * GROUP, 4 * GROUP);
     assert!(failure.message.contains(&range), "{}", failure.message);
-    assert!(events.iter().any(|event| matches!(event, AgentEvent::GroupRefused { index: 3, .. })));
+    assert!(
+        events
+            .iter()
+            .any(|event| matches!(event, AgentEvent::GroupRefused { index: 3, .. }))
+    );
     // Nothing of it, and nothing after it in the stream, is in the slot.
     assert_eq!(bench.writes(), [0, GROUP as u64, 2 * GROUP as u64]);
-    assert_eq!(bench.slots.content(SlotId::B, 4 * GROUP)[3 * GROUP..], vec![0xbb; GROUP]);
+    assert_eq!(
+        bench.slots.content(SlotId::B, 4 * GROUP)[3 * GROUP..],
+        vec![0xbb; GROUP]
+    );
 }
 
 #[tokio::test]
@@ -54,11 +75,18 @@ async fn a_bit_flipped_on_the_wire_is_fetched_again() {
     let bench = Bench::new();
     let image = image(6, 0);
     bench.release(1, "1.1.0", &image);
-    bench.faults(&[Fault::Flip(70_000), Fault::Flip(70_001), Fault::Flip(5 * GROUP as u64)]);
+    bench.faults(&[
+        Fault::Flip(70_000),
+        Fault::Flip(70_001),
+        Fault::Flip(5 * GROUP as u64),
+    ]);
     let (exit, events) = bench.run_until(ended).await;
     assert_eq!(exit, Some(Exit::RebootDue));
     assert_eq!(bench.slots.content(SlotId::B, image.len()), image);
-    let refused = events.iter().filter(|event| matches!(event, AgentEvent::GroupRefused { .. })).count();
+    let refused = events
+        .iter()
+        .filter(|event| matches!(event, AgentEvent::GroupRefused { .. }))
+        .count();
     assert_eq!((refused, bench.store.groups_written()), (3, 6));
 }
 
@@ -72,7 +100,9 @@ async fn an_outline_that_does_not_lead_to_the_signed_root_is_not_used() {
         let code = failure.unwrap().code;
         assert!(bench.writes().is_empty());
         match fault {
-            Fault::FlipOutline => assert_eq!((phase, code.as_str()), (Phase::Failed, "OUTLINE_MISMATCH")),
+            Fault::FlipOutline => {
+                assert_eq!((phase, code.as_str()), (Phase::Failed, "OUTLINE_MISMATCH"))
+            }
             _ => assert_eq!((phase, code.as_str()), (Phase::Deferred, "FILE_STREAM")),
         }
     }
@@ -85,7 +115,11 @@ async fn a_server_that_sends_other_bytes_than_asked_for_is_given_up() {
         bench.release(1, "1.1.0", &image(6, 0));
         bench.stuck_fault(fault);
         let (phase, failure, _) = end_of(&bench).await;
-        assert_eq!((phase, failure.unwrap().code.as_str()), (Phase::Deferred, "FILE_STREAM"), "{fault:?}");
+        assert_eq!(
+            (phase, failure.unwrap().code.as_str()),
+            (Phase::Deferred, "FILE_STREAM"),
+            "{fault:?}"
+        );
         assert!(bench.writes().is_empty());
     }
 }
@@ -98,14 +132,25 @@ async fn what_a_server_sends_past_the_end_is_not_written() {
     bench.faults(&[Fault::Endless]);
     assert_eq!(bench.run_until(ended).await.0, Some(Exit::RebootDue));
     assert_eq!(bench.slots.content(SlotId::B, image.len()), image);
-    assert!(bench.writes().iter().all(|offset| *offset < image.len() as u64));
+    assert!(
+        bench
+            .writes()
+            .iter()
+            .all(|offset| *offset < image.len() as u64)
+    );
 }
 
 #[tokio::test]
 async fn a_busy_server_is_asked_again_when_it_said() {
     let bench = Bench::new();
     bench.release(1, "1.1.0", &image(2, 0));
-    bench.faults(&[Fault::Busy(1), Fault::Busy(1), Fault::Busy(1), Fault::Busy(1), Fault::Busy(1)]);
+    bench.faults(&[
+        Fault::Busy(1),
+        Fault::Busy(1),
+        Fault::Busy(1),
+        Fault::Busy(1),
+        Fault::Busy(1),
+    ]);
     assert_eq!(bench.run_until(ended).await.0, Some(Exit::RebootDue));
 }
 

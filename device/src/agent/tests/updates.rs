@@ -2,7 +2,8 @@
 
 use super::bench::*;
 use crate::{
-    AgentEvent, DirStore, Document, Exit, FileSlots, FileSlotsSettings, ImageFacts, Phase, SlotId, Store, StoreError,
+    AgentEvent, DirStore, Document, Exit, FileSlots, FileSlotsSettings, ImageFacts, Phase, SlotId,
+    Store, StoreError,
     agent::memory::Status,
     health::{Health, HealthCheck, Verdict},
 };
@@ -35,20 +36,28 @@ async fn an_image_is_installed_byte_for_byte_and_confirmed() {
     let (exit, events) = bench.run_until(ended).await;
     assert_eq!(exit, Some(Exit::RebootDue));
     use Phase::*;
-    assert_eq!(phases(&events), [Accepted, Downloading, Verified, Installing, Rebooting]);
+    assert_eq!(
+        phases(&events),
+        [Accepted, Downloading, Verified, Installing, Rebooting]
+    );
     assert_eq!(bench.slots.content(SlotId::B, image.len()), image);
     assert_eq!(bench.store.groups_written(), 6);
     bench.slots.reboot();
     let (_, events) = bench.run_until(ended).await;
     assert_eq!(phases(&events), [Confirming, Succeeded]);
     let status = bench.agent(|_| {}).status();
-    assert_eq!((status.release_id, status.confirmed, status.slot), (Some(release_id), true, SlotId::B));
+    assert_eq!(
+        (status.release_id, status.confirmed, status.slot),
+        (Some(release_id), true, SlotId::B)
+    );
     assert_eq!(status.phase, Some(Succeeded));
 }
 
 #[tokio::test]
 async fn images_of_every_awkward_size_arrive_whole() {
-    for length in [1, 1023, 1024, 65_535, 65_536, 65_537, 131_072, 131_073, 300_000] {
+    for length in [
+        1, 1023, 1024, 65_535, 65_536, 65_537, 131_072, 131_073, 300_000,
+    ] {
         let bench = Bench::new();
         let image = image(0, length);
         bench.release(1, "1.1.0", &image);
@@ -79,20 +88,39 @@ async fn files_on_disk_are_updated_the_same() {
     let image = image(17, 5);
     bench.release(1, "1.1.0", &image);
     bench.faults(&[Fault::CutAfter(200_000), Fault::BreakAfter(300_000)]);
-    let (exit, _) = bench.run_on(FileSlots::open(settings.clone()).unwrap(), ended).await;
+    let (exit, _) = bench
+        .run_on(FileSlots::open(settings.clone()).unwrap(), ended)
+        .await;
     assert_eq!(exit, Some(Exit::RebootDue));
     assert_eq!(std::fs::read(path("b")).unwrap()[..image.len()], image);
-    assert_eq!(bench.store.groups_written(), 18, "no group was written twice");
+    assert_eq!(
+        bench.store.groups_written(),
+        18,
+        "no group was written twice"
+    );
     let mut slots = FileSlots::open(settings.clone()).unwrap();
     slots.emulate_boot().unwrap();
     let (_, events) = bench.run_on(slots, ended).await;
     assert_eq!(phases(&events).last(), Some(&Phase::Succeeded));
     // What `fwpush-device status` shows, from the files alone.
     let boot = FileSlots::look(&settings.boot_record).unwrap().unwrap();
-    let document = DirStore::look(&path("state"), Document::State).unwrap().unwrap();
-    let status = Status::read(&document, &boot, DirStore::look_groups_written(&path("state"))).unwrap();
-    assert_eq!((status.version, status.groups_written), (Some("1.1.0".parse().unwrap()), 18));
-    assert_eq!((status.phase, status.generation, status.slot), (Some(Phase::Succeeded), 1, SlotId::B));
+    let document = DirStore::look(&path("state"), Document::State)
+        .unwrap()
+        .unwrap();
+    let status = Status::read(
+        &document,
+        &boot,
+        DirStore::look_groups_written(&path("state")),
+    )
+    .unwrap();
+    assert_eq!(
+        (status.version, status.groups_written),
+        (Some("1.1.0".parse().unwrap()), 18)
+    );
+    assert_eq!(
+        (status.phase, status.generation, status.slot),
+        (Some(Phase::Succeeded), 1, SlotId::B)
+    );
 }
 
 #[tokio::test]
@@ -102,7 +130,10 @@ async fn a_bad_image_is_rolled_back_and_told() {
         assert_eq!(subject.version.to_string(), "1.1.0");
         Verdict::Unhealthy("no network".into())
     }));
-    bench.health = Health { check: Some(check), ..Health::default() };
+    bench.health = Health {
+        check: Some(check),
+        ..Health::default()
+    };
     bench.release(1, "1.1.0", &image(3, 0));
     assert_eq!(bench.run_until(ended).await.0, Some(Exit::RebootDue));
     bench.slots.reboot();
@@ -111,11 +142,11 @@ async fn a_bad_image_is_rolled_back_and_told() {
     let over = |event: &AgentEvent| matches!(event, AgentEvent::Acked { .. });
     let (_, events) = bench.run_until(over).await;
     assert_eq!(phases(&events), [Phase::RolledBack]);
-    let report = bench.heard().into_iter().filter_map(|kind| match kind {
+    let mut report = bench.heard().into_iter().filter_map(|kind| match kind {
         FromDevice::Report(report) if report.phase() == v1::Phase::RolledBack => Some(report),
         _ => None,
     });
-    let report = report.last().expect("the server heard of it");
+    let report = report.next_back().expect("the server heard of it");
     assert_eq!(report.error.unwrap().code, "HEALTH_CHECK");
     assert_eq!(report.current.unwrap().version, "1.0.0");
 }
@@ -134,11 +165,19 @@ async fn what_the_device_has_is_not_fetched() {
     bench.release(1, "1.1.0", &image);
     let (exit, events) = bench.run_until(ended).await;
     assert_eq!(exit, Some(Exit::RebootDue));
-    assert!(events.iter().any(|event| matches!(event, AgentEvent::GroupsReused(4))));
+    assert!(
+        events
+            .iter()
+            .any(|event| matches!(event, AgentEvent::GroupsReused(4)))
+    );
     assert_eq!(bench.slots.content(SlotId::B, image.len()), image);
     let outline = 9 * 32;
     assert_eq!(bench.sent(), (4 * GROUP + 100 + outline) as u64);
-    assert_eq!(bench.store.groups_written(), 8, "the one in the spare is not written again");
+    assert_eq!(
+        bench.store.groups_written(),
+        8,
+        "the one in the spare is not written again"
+    );
 }
 
 #[tokio::test]
@@ -146,12 +185,29 @@ async fn an_image_that_rots_after_it_was_written_is_not_tried() {
     let bench = Bench::new();
     bench.slots.0.lock().unwrap().rot = Some(GROUP + 7);
     bench.release(1, "1.1.0", &image(3, 0));
-    let over = |event: &AgentEvent| matches!(event, AgentEvent::Phase { phase: Phase::Deferred, .. });
+    let over = |event: &AgentEvent| {
+        matches!(
+            event,
+            AgentEvent::Phase {
+                phase: Phase::Deferred,
+                ..
+            }
+        )
+    };
     let (exit, events) = bench.run_until(over).await;
     assert_eq!(exit, None);
-    let Some(AgentEvent::Phase { failure: Some(failure), .. }) = events.last() else { panic!() };
+    let Some(AgentEvent::Phase {
+        failure: Some(failure),
+        ..
+    }) = events.last()
+    else {
+        panic!()
+    };
     assert_eq!(failure.code, "READ_BACK_MISMATCH");
-    assert_eq!(bench.slots.0.lock().unwrap().record.slots[1].state, crate::SlotState::Unbootable);
+    assert_eq!(
+        bench.slots.0.lock().unwrap().record.slots[1].state,
+        crate::SlotState::Unbootable
+    );
 }
 
 #[tokio::test]
@@ -187,7 +243,11 @@ impl Store for FullStore {
     fn save(&self, document: Document, bytes: &[u8]) -> Result<(), StoreError> {
         if self.full.load(Ordering::Relaxed) {
             let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
-            return Err(StoreError::File { operation: "write", path: document.to_string().into(), source });
+            return Err(StoreError::File {
+                operation: "write",
+                path: document.to_string().into(),
+                source,
+            });
         }
         self.inner.save(document, bytes)
     }
@@ -204,7 +264,10 @@ impl Store for FullStore {
 #[tokio::test]
 async fn nothing_happens_that_cannot_be_remembered() {
     let mut bench = Bench::new();
-    let store = Arc::new(FullStore { inner: Arc::clone(&bench.store), full: AtomicBool::new(true) });
+    let store = Arc::new(FullStore {
+        inner: Arc::clone(&bench.store),
+        full: AtomicBool::new(true),
+    });
     bench.store = Arc::clone(&store) as Arc<dyn Store>;
     let image = image(2, 0);
     bench.release(1, "1.1.0", &image);
@@ -236,7 +299,10 @@ async fn fields_of_a_newer_agent_survive_this_one() {
     };
     let mut state = read();
     state["from_the_future"] = serde_json::json!({"a": [1, 2]});
-    bench.store.save(Document::State, state.to_string().as_bytes()).unwrap();
+    bench
+        .store
+        .save(Document::State, state.to_string().as_bytes())
+        .unwrap();
     bench.release(1, "1.1.0", &image(1, 0));
     bench.run_until(ended).await;
     let after = read();
@@ -251,7 +317,10 @@ async fn an_idle_agent_does_not_write_its_state() {
     let registered = |event: &AgentEvent| matches!(event, AgentEvent::Registered { .. });
     bench.run_until(registered).await;
     let before = bench.store.load(Document::State).unwrap();
-    let store = Arc::new(FullStore { inner: Arc::clone(&bench.store), full: AtomicBool::new(true) });
+    let store = Arc::new(FullStore {
+        inner: Arc::clone(&bench.store),
+        full: AtomicBool::new(true),
+    });
     let mut again = bench;
     again.store = store;
     // A write would be refused and tried again; the session goes on without one.

@@ -11,13 +11,22 @@ use crate::update::{Action, Command, Consent, Input, Notice, Trouble, facts::Slo
 #[derive(Debug, Clone)]
 enum Step {
     /// A notice `ahead` generations after the newest, of release `release`, made wrong in way `wrong`.
-    Notice { ahead: u64, release: u64, wrong: u8, action: u8 },
+    Notice {
+        ahead: u64,
+        release: u64,
+        wrong: u8,
+        action: u8,
+    },
     FinishJob,
     /// The effect happens; its result is never told: the process is killed.
     KillAfterEffect,
-    FailJob { transient: bool },
+    FailJob {
+        transient: bool,
+    },
     Defer,
-    Ack { ahead: u64 },
+    Ack {
+        ahead: u64,
+    },
     Register,
     Pass(u64),
     Kill,
@@ -47,13 +56,51 @@ fn step() -> impl Strategy<Value = Step> {
 
 /// Whether a release may be installed, by the books of the test.
 fn spec(release: u64, wrong: u8) -> (Spec, bool) {
-    let good = Spec { counter: release, ..Spec::good(release) };
+    let good = Spec {
+        counter: release,
+        ..Spec::good(release)
+    };
     match wrong {
-        0 => (Spec { signer: FOREIGN_KEY, id: release + 100, ..good }, false),
-        1 => (Spec { product: "other", id: release + 200, ..good }, false),
-        2 => (Spec { channel: "beta", id: release + 300, ..good }, false),
-        3 => (Spec { hw: "board-z", id: release + 400, ..good }, false),
-        4 => (Spec { size: CAPACITY + 1, id: release + 500, ..good }, false),
+        0 => (
+            Spec {
+                signer: FOREIGN_KEY,
+                id: release + 100,
+                ..good
+            },
+            false,
+        ),
+        1 => (
+            Spec {
+                product: "other",
+                id: release + 200,
+                ..good
+            },
+            false,
+        ),
+        2 => (
+            Spec {
+                channel: "beta",
+                id: release + 300,
+                ..good
+            },
+            false,
+        ),
+        3 => (
+            Spec {
+                hw: "board-z",
+                id: release + 400,
+                ..good
+            },
+            false,
+        ),
+        4 => (
+            Spec {
+                size: CAPACITY + 1,
+                id: release + 500,
+                ..good
+            },
+            false,
+        ),
         _ => (good, true),
     }
 }
@@ -74,7 +121,12 @@ impl Play {
     fn step(&mut self, step: &Step) {
         let world = &mut self.world;
         match step {
-            Step::Notice { ahead, release, wrong, action } => {
+            Step::Notice {
+                ahead,
+                release,
+                wrong,
+                action,
+            } => {
                 let generation = self.newest + ahead;
                 self.newest = generation;
                 let (spec, _) = spec(*release, *wrong);
@@ -85,15 +137,22 @@ impl Play {
                     3 => Action::Rollback,
                     _ => Action::Install,
                 };
-                world.feed(Input::Notice(Notice { action, ..world.notice(generation, &spec) }));
+                world.feed(Input::Notice(Notice {
+                    action,
+                    ..world.notice(generation, &spec)
+                }));
             }
             Step::FinishJob => world.finish_job(),
             Step::KillAfterEffect => {
                 world.do_job();
                 world.restart();
             }
-            Step::FailJob { transient: true } => world.fail_job(Trouble::transient("STORAGE", "failed")),
-            Step::FailJob { transient: false } => world.fail_job(Trouble::lasting("STORAGE", "failed")),
+            Step::FailJob { transient: true } => {
+                world.fail_job(Trouble::transient("STORAGE", "failed"))
+            }
+            Step::FailJob { transient: false } => {
+                world.fail_job(Trouble::lasting("STORAGE", "failed"))
+            }
             Step::Defer => {
                 if matches!(world.job, Some(Command::AskConsent { .. })) {
                     world.answer(Consent::Defer(Duration::from_secs(60)));
@@ -129,9 +188,17 @@ impl Play {
     fn check(&mut self) {
         let world = &self.world;
         let floor = world.floor();
-        assert!(floor >= self.floor, "the floor fell from {} to {floor}", self.floor);
+        assert!(
+            floor >= self.floor,
+            "the floor fell from {} to {floor}",
+            self.floor
+        );
         self.floor = floor;
-        let confirmed = world.record.slots.iter().filter(|slot| slot.state == SlotState::Confirmed);
+        let confirmed = world
+            .record
+            .slots
+            .iter()
+            .filter(|slot| slot.state == SlotState::Confirmed);
         for image in confirmed.filter_map(|slot| slot.image.as_ref()) {
             // Raised at the latest by the next start; never behind what was confirmed before this step.
             assert!(image.security_counter <= floor || world.updater.state().update.is_some());
@@ -145,19 +212,36 @@ impl Play {
 
     /// Invariants 3 and 5 at the point of no return: only what may be installed is tried.
     fn check_mark(&self) {
-        let update = self.world.updater.state().update.as_ref().expect("something is tried");
+        let update = self
+            .world
+            .updater
+            .state()
+            .update
+            .as_ref()
+            .expect("something is tried");
         let release_id = update.image.release_id.expect("it has a name");
-        let allowed = (1..4).map(|release| spec(release, 9).0).find(|spec| spec.release_id() == release_id);
+        let allowed = (1..4)
+            .map(|release| spec(release, 9).0)
+            .find(|spec| spec.release_id() == release_id);
         let spec = allowed.expect("only good releases get this far");
-        assert!(!self.revoked.contains(&release_id), "a revoked release is tried");
-        assert!(spec.counter >= self.world.floor(), "a release below the floor is tried");
-        assert!(self.cleared >= Some(update.generation), "the server did not clear it");
+        assert!(
+            !self.revoked.contains(&release_id),
+            "a revoked release is tried"
+        );
+        assert!(
+            spec.counter >= self.world.floor(),
+            "a release below the floor is tried"
+        );
+        assert!(
+            self.cleared >= Some(update.generation),
+            "the server did not clear it"
+        );
         assert_eq!(self.world.spare_holds(), Some(release_id));
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn invariants_hold_whatever_happens_in_whatever_order(steps in prop::collection::vec(step(), 1..120)) {

@@ -4,8 +4,7 @@ use super::world::*;
 use crate::{
     limits,
     update::{
-        Action, Consent, Decision, Input, Notice, Phase, ReportKind, Trouble,
-        facts::SlotState,
+        Action, Consent, Decision, Input, Notice, Phase, ReportKind, Trouble, facts::SlotState,
     },
 };
 use fwpush_keys::{revocation::RevocationVersion, time::Timestamp};
@@ -14,7 +13,10 @@ use std::time::Duration;
 #[test]
 fn an_update_goes_through_every_step_in_order() {
     let mut world = World::new();
-    let release = Spec { counter: 7, ..Spec::good(1) };
+    let release = Spec {
+        counter: 7,
+        ..Spec::good(1)
+    };
     world.until_reboot(1, &release);
     world.ack(1);
     world.reboot();
@@ -22,10 +24,37 @@ fn an_update_goes_through_every_step_in_order() {
     world.run();
     let phases: Vec<Phase> = world.phases.iter().map(|(_, phase)| *phase).collect();
     use Phase::*;
-    assert_eq!(phases, [Accepted, Downloading, Verified, Installing, Rebooting, Confirming, Succeeded]);
-    assert_eq!(world.commands, ["ask", "invalidate", "fetch", "read back", "mark", "reboot", "confirm"]);
+    assert_eq!(
+        phases,
+        [
+            Accepted,
+            Downloading,
+            Verified,
+            Installing,
+            Rebooting,
+            Confirming,
+            Succeeded
+        ]
+    );
+    assert_eq!(
+        world.commands,
+        [
+            "ask",
+            "invalidate",
+            "fetch",
+            "read back",
+            "mark",
+            "reboot",
+            "confirm"
+        ]
+    );
     assert_eq!(world.floor(), 7);
-    let ReportKind::Phase { phase: Succeeded, current: Some(current), .. } = &world.last_report().kind else {
+    let ReportKind::Phase {
+        phase: Succeeded,
+        current: Some(current),
+        ..
+    } = &world.last_report().kind
+    else {
         panic!("{:?}", world.last_report());
     };
     assert!(current.confirmed && current.release_id == Some(release.release_id()));
@@ -37,25 +66,89 @@ fn an_update_goes_through_every_step_in_order() {
 fn what_is_not_for_this_device_is_rejected_before_anything_is_touched() {
     let soon = START.saturating_add(Duration::from_secs(1));
     let bad = [
-        ("SIGNATURES", Spec { signer: FOREIGN_KEY, ..Spec::good(1) }),
-        ("PRODUCT", Spec { product: "other", ..Spec::good(1) }),
-        ("CHANNEL", Spec { channel: "beta", ..Spec::good(1) }),
-        ("HARDWARE", Spec { hw: "board-b", ..Spec::good(1) }),
-        ("FLOOR", Spec { counter: 0, ..Spec::good(1) }),
-        ("COUNTER", Spec { counter: 1_001, ..Spec::good(1) }),
-        ("RELEASE_EXPIRED", Spec { expires: soon, ..Spec::good(1) }),
-        ("SLOT_TOO_SMALL", Spec { size: CAPACITY + 1, ..Spec::good(1) }),
-        ("SLOT_TOO_SMALL", Spec { size: (1 << 53) - 1, ..Spec::good(1) }),
+        (
+            "SIGNATURES",
+            Spec {
+                signer: FOREIGN_KEY,
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "PRODUCT",
+            Spec {
+                product: "other",
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "CHANNEL",
+            Spec {
+                channel: "beta",
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "HARDWARE",
+            Spec {
+                hw: "board-b",
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "FLOOR",
+            Spec {
+                counter: 0,
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "COUNTER",
+            Spec {
+                counter: 1_001,
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "RELEASE_EXPIRED",
+            Spec {
+                expires: soon,
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "SLOT_TOO_SMALL",
+            Spec {
+                size: CAPACITY + 1,
+                ..Spec::good(1)
+            },
+        ),
+        (
+            "SLOT_TOO_SMALL",
+            Spec {
+                size: (1 << 53) - 1,
+                ..Spec::good(1)
+            },
+        ),
     ];
     for (code, spec) in bad {
         for action in [Action::Install, Action::Rollback] {
             let mut world = World::new();
             world.pass(Duration::from_secs(2));
-            let notice = Notice { action, ..world.notice(1, &spec) };
+            let notice = Notice {
+                action,
+                ..world.notice(1, &spec)
+            };
             world.feed(Input::Notice(notice));
-            assert_eq!(world.ended(), (Phase::Rejected, Some(code.into())), "{action:?} of {spec:?}");
+            assert_eq!(
+                world.ended(),
+                (Phase::Rejected, Some(code.into())),
+                "{action:?} of {spec:?}"
+            );
             assert!(world.commands.is_empty(), "{:?}", world.commands);
-            assert!(matches!(world.last_decision(), Some(Decision::Rejected { .. })));
+            assert!(matches!(
+                world.last_decision(),
+                Some(Decision::Rejected { .. })
+            ));
         }
     }
 }
@@ -63,9 +156,15 @@ fn what_is_not_for_this_device_is_rejected_before_anything_is_touched() {
 #[test]
 fn garbage_for_a_manifest_is_rejected() {
     let mut world = World::new();
-    for (generation, manifest) in [&b""[..], b"{}", b"\xff\xfe", &[b'['; 60_000]].into_iter().enumerate() {
+    for (generation, manifest) in [&b""[..], b"{}", b"\xff\xfe", &[b'['; 60_000]]
+        .into_iter()
+        .enumerate()
+    {
         let generation = generation as u64 + 1;
-        let notice = Notice { manifest: manifest.into(), ..world.notice(generation, &Spec::good(1)) };
+        let notice = Notice {
+            manifest: manifest.into(),
+            ..world.notice(generation, &Spec::good(1))
+        };
         world.feed(Input::Notice(notice));
         assert_eq!(world.ended().0, Phase::Rejected);
     }
@@ -81,8 +180,14 @@ fn an_unknown_action_is_rejected() {
 #[test]
 fn a_file_that_the_manifest_does_not_name_is_rejected() {
     let mut world = World::new();
-    for (generation, file_id) in ["", "zz", &Spec::good(2).file_id().to_string()].into_iter().enumerate() {
-        let notice = Notice { file_id: file_id.into(), ..world.notice(generation as u64 + 1, &Spec::good(1)) };
+    for (generation, file_id) in ["", "zz", &Spec::good(2).file_id().to_string()]
+        .into_iter()
+        .enumerate()
+    {
+        let notice = Notice {
+            file_id: file_id.into(),
+            ..world.notice(generation as u64 + 1, &Spec::good(1))
+        };
         world.feed(Input::Notice(notice));
         assert_eq!(world.ended(), (Phase::Rejected, Some("FILE_ID".into())));
     }
@@ -91,10 +196,15 @@ fn a_file_that_the_manifest_does_not_name_is_rejected() {
 #[test]
 fn a_rejected_generation_is_answered_the_same_however_often_it_comes() {
     let mut world = World::new();
-    let bad = Spec { hw: "board-b", ..Spec::good(1) };
+    let bad = Spec {
+        hw: "board-b",
+        ..Spec::good(1)
+    };
     for _ in 0..10 {
         world.offer(1, &bad);
-        let Some(Decision::Rejected { reason }) = world.last_decision() else { panic!() };
+        let Some(Decision::Rejected { reason }) = world.last_decision() else {
+            panic!()
+        };
         assert_eq!(reason.code, "HARDWARE");
         world.restart();
     }
@@ -147,10 +257,19 @@ fn the_trial_waits_for_the_acknowledgement_under_the_present_generation() {
     let mut world = World::new();
     world.until_file_ack(3, &Spec::good(1));
     let seq = world.last_report().seq;
-    world.feed(Input::Acked { upto_seq: seq - 1, generation: 3 });
-    world.feed(Input::Acked { upto_seq: seq + 100, generation: 3 });
+    world.feed(Input::Acked {
+        upto_seq: seq - 1,
+        generation: 3,
+    });
+    world.feed(Input::Acked {
+        upto_seq: seq + 100,
+        generation: 3,
+    });
     assert_eq!(world.phase(), Phase::Verified, "neither covers the FileAck");
-    world.feed(Input::Acked { upto_seq: seq, generation: 3 });
+    world.feed(Input::Acked {
+        upto_seq: seq,
+        generation: 3,
+    });
     assert_eq!(world.phase(), Phase::Installing);
 }
 
@@ -170,7 +289,10 @@ fn after_an_acknowledgement_under_an_older_generation_the_device_asks_again() {
     world.ack(2);
     assert_eq!(world.phase(), Phase::Verified);
     world.register();
-    assert!(matches!(world.last_report().kind, ReportKind::FileAck { .. }));
+    assert!(matches!(
+        world.last_report().kind,
+        ReportKind::FileAck { .. }
+    ));
     world.ack(3);
     assert_eq!(world.phase(), Phase::Installing);
 }
@@ -198,11 +320,17 @@ fn a_release_whose_key_was_replaced_meanwhile_is_not_tried() {
 #[test]
 fn a_release_that_expires_while_it_is_fetched_is_not_tried() {
     let mut world = World::new();
-    let release = Spec { expires: START.saturating_add(Duration::from_secs(60)), ..Spec::good(1) };
+    let release = Spec {
+        expires: START.saturating_add(Duration::from_secs(60)),
+        ..Spec::good(1)
+    };
     world.until_file_ack(1, &release);
     world.pass(Duration::from_secs(61));
     world.ack(1);
-    assert_eq!(world.ended(), (Phase::Failed, Some("RELEASE_EXPIRED".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::Failed, Some("RELEASE_EXPIRED".into()))
+    );
 }
 
 #[test]
@@ -211,7 +339,10 @@ fn an_image_that_reads_back_wrong_is_fetched_again_and_not_tried() {
     world.until_file_ack(1, &Spec::good(1));
     world.ack(1);
     world.fail_job(Trouble::transient("READ_BACK_MISMATCH", "flash"));
-    assert_eq!((world.phase(), world.code()), (Phase::Deferred, "READ_BACK_MISMATCH"));
+    assert_eq!(
+        (world.phase(), world.code()),
+        (Phase::Deferred, "READ_BACK_MISMATCH")
+    );
     world.pass(Duration::from_secs(600));
     world.run();
     world.ack(1);
@@ -226,7 +357,10 @@ fn trouble_puts_an_update_off_a_few_times_and_then_it_has_failed() {
     for _ in 0..limits::TROUBLES_PER_UPDATE {
         world.finish_job();
         world.fail_job(Trouble::transient("STORAGE", "no space left"));
-        assert!(matches!(world.last_decision(), Some(Decision::Deferred { .. })));
+        assert!(matches!(
+            world.last_decision(),
+            Some(Decision::Deferred { .. })
+        ));
         world.pass(DAY);
     }
     world.finish_job();
@@ -241,7 +375,10 @@ fn lasting_trouble_fails_at_once() {
     world.finish_job();
     world.finish_job();
     world.fail_job(Trouble::lasting("GROUP_MISMATCH", "group 1"));
-    assert_eq!(world.ended(), (Phase::Failed, Some("GROUP_MISMATCH".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::Failed, Some("GROUP_MISMATCH".into()))
+    );
 }
 
 #[test]
@@ -250,12 +387,17 @@ fn the_owner_decides_when_and_whether() {
     world.offer(1, &Spec::good(1));
     world.answer(Consent::Defer(Duration::from_secs(60)));
     let until = START.saturating_add(Duration::from_secs(60));
-    assert!(matches!(world.last_decision(), Some(Decision::Deferred { until: at, .. }) if at == until));
+    assert!(
+        matches!(world.last_decision(), Some(Decision::Deferred { until: at, .. }) if at == until)
+    );
     world.pass(Duration::from_secs(59));
     assert!(world.job.is_none());
     world.pass(Duration::from_secs(1));
     world.answer(Consent::Reject("never on this device".into()));
-    assert_eq!(world.ended(), (Phase::Rejected, Some("OWNER_REJECTED".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::Rejected, Some("OWNER_REJECTED".into()))
+    );
 }
 
 #[test]
@@ -272,9 +414,16 @@ fn a_deferral_survives_a_restart() {
 
 #[test]
 fn the_server_cannot_put_an_update_off_for_more_than_a_week() {
-    for (not_before, spread) in [(Timestamp::from_ms(i64::MAX), Duration::ZERO), (START, Duration::from_millis(u64::MAX))] {
+    for (not_before, spread) in [
+        (Timestamp::from_ms(i64::MAX), Duration::ZERO),
+        (START, Duration::from_millis(u64::MAX)),
+    ] {
         let mut world = World::new();
-        let notice = Notice { not_before: Some(not_before), spread, ..world.notice(1, &Spec::good(1)) };
+        let notice = Notice {
+            not_before: Some(not_before),
+            spread,
+            ..world.notice(1, &Spec::good(1))
+        };
         world.feed(Input::Notice(notice));
         assert_eq!(world.code(), "NOT_BEFORE");
         world.pass(limits::START_DELAY_MAX);
@@ -292,7 +441,10 @@ fn a_seventh_install_within_a_day_waits() {
         world.pass(Duration::from_secs(60));
     }
     world.offer(limit + 1, &Spec::good(limit + 1));
-    assert_eq!((world.phase(), world.code()), (Phase::Deferred, "INSTALL_LIMIT"));
+    assert_eq!(
+        (world.phase(), world.code()),
+        (Phase::Deferred, "INSTALL_LIMIT")
+    );
     assert!(world.job.is_none());
     world.pass(DAY);
     world.run();
@@ -314,7 +466,13 @@ fn a_clock_set_back_does_not_hold_installs_up_for_ever() {
     world.policy.installs_per_window = 1;
     world.now.wall = START.saturating_add(DAY * 1000);
     world.restart();
-    world.until_file_ack(1, &Spec { expires: START.saturating_add(DAY * 2000), ..Spec::good(1) });
+    world.until_file_ack(
+        1,
+        &Spec {
+            expires: START.saturating_add(DAY * 2000),
+            ..Spec::good(1)
+        },
+    );
     world.now.wall = START;
     world.offer(2, &Spec::good(2));
     assert_eq!(world.code(), "INSTALL_LIMIT");
@@ -325,11 +483,20 @@ fn a_clock_set_back_does_not_hold_installs_up_for_ever() {
 
 #[test]
 fn a_missing_revocation_list_is_waited_for_once() {
-    let needs = RevocationVersion { root_version: 1, version: 2 };
-    let release = Spec { needs_list: needs, ..Spec::good(1) };
+    let needs = RevocationVersion {
+        root_version: 1,
+        version: 2,
+    };
+    let release = Spec {
+        needs_list: needs,
+        ..Spec::good(1)
+    };
     let mut world = World::new();
     world.offer(1, &release);
-    assert_eq!((world.phase(), world.code()), (Phase::Deferred, "REVOCATION_MISSING"));
+    assert_eq!(
+        (world.phase(), world.code()),
+        (Phase::Deferred, "REVOCATION_MISSING")
+    );
     world.revoke(2, &[]);
     world.run();
     assert_eq!(world.phase(), Phase::Verified);
@@ -337,7 +504,10 @@ fn a_missing_revocation_list_is_waited_for_once() {
     let mut world = World::new();
     world.offer(1, &release);
     world.pass(limits::LIST_WAIT);
-    assert_eq!(world.ended(), (Phase::Rejected, Some("REVOCATION_MISSING".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::Rejected, Some("REVOCATION_MISSING".into()))
+    );
 }
 
 #[test]
@@ -389,9 +559,16 @@ fn a_kill_at_any_step_loses_nothing() {
                 world.register();
                 world.ack(1);
             }
-            assert!(world.reboot_due, "killed after {jobs} jobs, told: {told}: {:?}", world.phases);
+            assert!(
+                world.reboot_due,
+                "killed after {jobs} jobs, told: {told}: {:?}",
+                world.phases
+            );
             assert_eq!(world.trials.get(&1), Some(&1));
-            assert_eq!(world.record.slot(world.running.other()).state, SlotState::Trial { tries_left: 3 });
+            assert_eq!(
+                world.record.slot(world.running.other()).state,
+                SlotState::Trial { tries_left: 3 }
+            );
         }
     }
 }

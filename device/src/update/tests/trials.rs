@@ -26,7 +26,10 @@ fn a_new_boot_of_the_new_slot_is_judged() {
     let mut world = World::new();
     world.until_reboot(1, &Spec::good(1));
     world.reboot();
-    assert_eq!((world.running, world.phase()), (SlotId::B, Phase::Confirming));
+    assert_eq!(
+        (world.running, world.phase()),
+        (SlotId::B, Phase::Confirming)
+    );
     world.register();
     world.run();
     assert_eq!(world.ended(), (Phase::Succeeded, None));
@@ -36,15 +39,28 @@ fn a_new_boot_of_the_new_slot_is_judged() {
 #[test]
 fn a_new_boot_of_the_old_slot_is_a_roll_back() {
     let mut world = World::new();
-    world.until_reboot(1, &Spec { counter: 9, ..Spec::good(1) });
+    world.until_reboot(
+        1,
+        &Spec {
+            counter: 9,
+            ..Spec::good(1)
+        },
+    );
     // The image never gets as far as its agent.
     for _ in 0..3 {
         assert_eq!(world.record.boot(), Some(SlotId::B));
     }
     world.reboot();
     assert_eq!(world.running, SlotId::A);
-    assert_eq!(world.ended(), (Phase::RolledBack, Some("NOT_CONFIRMED".into())));
-    assert_eq!(world.floor(), 1, "an image that was not confirmed does not raise the floor");
+    assert_eq!(
+        world.ended(),
+        (Phase::RolledBack, Some("NOT_CONFIRMED".into()))
+    );
+    assert_eq!(
+        world.floor(),
+        1,
+        "an image that was not confirmed does not raise the floor"
+    );
     world.run();
     assert_eq!(world.record.slot(SlotId::B).state, SlotState::Unbootable);
 }
@@ -52,14 +68,20 @@ fn a_new_boot_of_the_old_slot_is_a_roll_back() {
 #[test]
 fn a_bad_image_is_installed_once_whatever_reconnects() {
     let mut world = World::with_health_check();
-    let release = Spec { counter: 9, ..Spec::good(1) };
+    let release = Spec {
+        counter: 9,
+        ..Spec::good(1)
+    };
     world.until_reboot(1, &release);
     world.reboot();
     world.fail_job(Trouble::lasting("HEALTH_CHECK", "no network"));
     world.run();
     assert!(world.reboot_due);
     world.reboot();
-    assert_eq!((world.running, world.ended()), (SlotId::A, (Phase::RolledBack, Some("HEALTH_CHECK".into()))));
+    assert_eq!(
+        (world.running, world.ended()),
+        (SlotId::A, (Phase::RolledBack, Some("HEALTH_CHECK".into())))
+    );
     for _ in 0..10 {
         world.register();
         world.offer(1, &release);
@@ -67,7 +89,13 @@ fn a_bad_image_is_installed_once_whatever_reconnects() {
         world.restart();
     }
     world.offer(1, &release);
-    let ReportKind::Phase { phase: Phase::RolledBack, .. } = world.last_report().kind else { panic!() };
+    let ReportKind::Phase {
+        phase: Phase::RolledBack,
+        ..
+    } = world.last_report().kind
+    else {
+        panic!()
+    };
     assert_eq!((world.trials[&1], world.floor()), (1, 1));
 }
 
@@ -83,7 +111,10 @@ fn without_a_check_an_image_that_does_not_reach_the_server_is_given_up() {
     assert!(world.reboot_due);
     assert_eq!(world.record.slot(SlotId::B).state, SlotState::Unbootable);
     world.reboot();
-    assert_eq!(world.ended(), (Phase::RolledBack, Some("CONFIRM_TIMEOUT".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::RolledBack, Some("CONFIRM_TIMEOUT".into()))
+    );
 }
 
 #[test]
@@ -92,7 +123,11 @@ fn a_configured_check_decides_alone() {
     world.until_reboot(1, &Spec::good(1));
     world.reboot();
     world.register();
-    assert_eq!(world.commands.last(), Some(&"check"), "registration confirms nothing");
+    assert_eq!(
+        world.commands.last(),
+        Some(&"check"),
+        "registration confirms nothing"
+    );
     world.finish_job();
     world.run();
     assert_eq!(world.ended(), (Phase::Succeeded, None));
@@ -106,7 +141,10 @@ fn a_check_that_does_not_come_back_is_a_bad_image() {
     world.pass(limits::CONFIRM_TIMEOUT);
     world.run();
     world.reboot();
-    assert_eq!(world.ended(), (Phase::RolledBack, Some("CONFIRM_TIMEOUT".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::RolledBack, Some("CONFIRM_TIMEOUT".into()))
+    );
 }
 
 #[test]
@@ -121,7 +159,10 @@ fn an_agent_that_crashes_again_and_again_in_the_new_image_ends_the_trial() {
     world.restart();
     world.run();
     world.reboot();
-    assert_eq!(world.ended(), (Phase::RolledBack, Some("CRASH_LOOP".into())));
+    assert_eq!(
+        world.ended(),
+        (Phase::RolledBack, Some("CRASH_LOOP".into()))
+    );
 }
 
 #[test]
@@ -130,7 +171,10 @@ fn a_power_cut_during_the_trial_goes_on_with_it() {
     world.until_reboot(1, &Spec::good(1));
     world.reboot();
     world.reboot();
-    assert_eq!((world.running, world.phase()), (SlotId::B, Phase::Confirming));
+    assert_eq!(
+        (world.running, world.phase()),
+        (SlotId::B, Phase::Confirming)
+    );
     world.register();
     world.run();
     assert_eq!(world.ended(), (Phase::Succeeded, None));
@@ -139,14 +183,23 @@ fn a_power_cut_during_the_trial_goes_on_with_it() {
 #[test]
 fn a_kill_between_the_record_and_the_state_still_raises_the_floor() {
     let mut world = World::new();
-    world.until_reboot(1, &Spec { counter: 5, ..Spec::good(1) });
+    world.until_reboot(
+        1,
+        &Spec {
+            counter: 5,
+            ..Spec::good(1)
+        },
+    );
     world.reboot();
     world.register();
     world.do_job();
     assert_eq!(world.record.slot(SlotId::B).state, SlotState::Confirmed);
     assert_eq!(world.floor(), 1);
     world.restart();
-    assert_eq!((world.ended(), world.floor()), ((Phase::Succeeded, None), 5));
+    assert_eq!(
+        (world.ended(), world.floor()),
+        ((Phase::Succeeded, None), 5)
+    );
 }
 
 #[test]
@@ -180,7 +233,10 @@ fn a_confirmation_that_cannot_be_written_gives_the_image_up() {
         world.reboot();
         world.fail_job(Trouble::transient("STORAGE", "read-only file system"));
     }
-    assert_eq!((world.running, world.ended()), (SlotId::A, (Phase::RolledBack, Some("STORAGE".into()))));
+    assert_eq!(
+        (world.running, world.ended()),
+        (SlotId::A, (Phase::RolledBack, Some("STORAGE".into())))
+    );
 }
 
 #[test]
@@ -190,14 +246,23 @@ fn a_confirmation_reported_lost_but_written_is_a_success() {
     world.reboot();
     world.register();
     world.do_job();
-    world.fail_job(Trouble::transient("STORAGE", "the sync failed, the medium has it"));
+    world.fail_job(Trouble::transient(
+        "STORAGE",
+        "the sync failed, the medium has it",
+    ));
     assert_eq!(world.ended(), (Phase::Succeeded, None));
 }
 
 #[test]
 fn lost_state_never_means_floor_zero_and_a_running_trial_is_judged() {
     let mut world = World::new();
-    world.until_reboot(1, &Spec { counter: 8, ..Spec::good(1) });
+    world.until_reboot(
+        1,
+        &Spec {
+            counter: 8,
+            ..Spec::good(1)
+        },
+    );
     world.reboot();
     world.lose_state();
     world.restart();
@@ -206,18 +271,33 @@ fn lost_state_never_means_floor_zero_and_a_running_trial_is_judged() {
     world.run();
     assert_eq!(world.record.slot(SlotId::B).state, SlotState::Confirmed);
     assert_eq!(world.floor(), 8);
-    assert!(world.updater.state().outcome.is_none(), "nobody knows under which generation");
+    assert!(
+        world.updater.state().outcome.is_none(),
+        "nobody knows under which generation"
+    );
     world.lose_state();
     world.restart();
     assert_eq!(world.floor(), 8);
-    world.offer(1, &Spec { counter: 7, ..Spec::good(2) });
+    world.offer(
+        1,
+        &Spec {
+            counter: 7,
+            ..Spec::good(2)
+        },
+    );
     assert_eq!(world.ended(), (Phase::Rejected, Some("FLOOR".into())));
 }
 
 #[test]
 fn a_confirmation_bars_a_spare_below_the_new_floor() {
     let mut world = World::new();
-    world.until_reboot(1, &Spec { counter: 8, ..Spec::good(1) });
+    world.until_reboot(
+        1,
+        &Spec {
+            counter: 8,
+            ..Spec::good(1)
+        },
+    );
     world.reboot();
     world.register();
     world.run();
@@ -271,7 +351,10 @@ fn a_cut_before_the_trial_is_in_the_record_is_no_trial() {
     // The state says that it is being marked; the record does not have it.
     world.reboot();
     assert_eq!(world.running, SlotId::A);
-    assert!(matches!(world.last_report().kind, ReportKind::FileAck { .. }), "the present generation is asked for anew");
+    assert!(
+        matches!(world.last_report().kind, ReportKind::FileAck { .. }),
+        "the present generation is asked for anew"
+    );
     world.ack(1);
     world.run();
     assert!(world.reboot_due);
@@ -286,8 +369,15 @@ fn a_late_result_of_a_cancelled_job_changes_nothing() {
     world.finish_job();
     let stale = world.do_job().unwrap();
     world.order(2, Action::Hold);
-    world.feed(Input::Done { job: stale, result: Ok(()), boot: None });
-    world.feed(Input::Progress { job: stale, bytes_done: 5 });
+    world.feed(Input::Done {
+        job: stale,
+        result: Ok(()),
+        boot: None,
+    });
+    world.feed(Input::Progress {
+        job: stale,
+        bytes_done: 5,
+    });
     assert!(world.updater.state().update.is_none());
     assert_eq!(world.updater.bytes_done(), 0);
 }

@@ -1,7 +1,10 @@
 //! A device without a disk or a network: boot record, spare slot, state and server are values, and every effect of a
 //! command can be delivered, lost or cut off.
 
-use std::{collections::{BTreeMap, BTreeSet}, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use fwpush_keys::{
     TrustStore, TrustedClock,
@@ -18,8 +21,8 @@ use crate::{
     limits,
     slots::BootRecord,
     update::{
-        Action, Command, Consent, Context, Decision, Failure, Input, JobId, Notice, Now, Output, Phase, Policy,
-        Report, ReportKind, Start, State, Trouble, Updater,
+        Action, Command, Consent, Context, Decision, Failure, Input, JobId, Notice, Now, Output,
+        Phase, Policy, Report, ReportKind, Start, State, Trouble, Updater,
         facts::{DeviceFacts, ImageFacts, SlotId, SlotState},
     },
 };
@@ -83,12 +86,21 @@ impl Spec {
             revocation_version: self.needs_list,
             issued: START,
             expires: self.expires,
-            hw: vec![HwRange { id: self.hw.parse().unwrap(), rev_min: 1, rev_max: 2 }],
+            hw: vec![HwRange {
+                id: self.hw.parse().unwrap(),
+                rev_min: 1,
+                rev_max: 2,
+            }],
             requires: Requires::default(),
             min_agent: None,
             class: None,
             advisory_url: None,
-            components: vec![Component::plain("system", self.size, self.file_id(), [1; 32])],
+            components: vec![Component::plain(
+                "system",
+                self.size,
+                self.file_id(),
+                [1; 32],
+            )],
             crit: Vec::new(),
         };
         let mut envelope = release.to_envelope().unwrap();
@@ -118,7 +130,8 @@ fn first_root() -> Root {
     let release_keys = [key(RELEASE_KEY).public()];
     let mut root = Root::first(START, expires, (1, &root_keys), (1, &release_keys));
     for product in ["gateway", "other"] {
-        root.products.insert(product.parse().unwrap(), ProductRule::new(1_000));
+        root.products
+            .insert(product.parse().unwrap(), ProductRule::new(1_000));
     }
     root
 }
@@ -167,7 +180,10 @@ impl World {
             trial_boots: 3,
             installs_per_window: limits::INSTALLS_PER_WINDOW,
         };
-        let now = Now { mono: Duration::ZERO, wall: START };
+        let now = Now {
+            mono: Duration::ZERO,
+            wall: START,
+        };
         let state = State::new("0123".repeat(8));
         let saved = (serde_json::to_string(&state).unwrap(), None);
         let updater = start(&policy, &record, 1, SlotId::A, &saved, &mut trust, now);
@@ -209,7 +225,13 @@ impl World {
 
     /// Feeds an input and loses the process before anything that follows from it is durable.
     pub fn feed_unsaved(&mut self, input: Input) {
-        self.updater.handle(input, &mut Context { now: self.now, trust: &mut self.trust });
+        self.updater.handle(
+            input,
+            &mut Context {
+                now: self.now,
+                trust: &mut self.trust,
+            },
+        );
     }
 
     /// Saves what must be saved, then takes the outputs, as the agent does.
@@ -218,9 +240,15 @@ impl World {
             if self.updater.take_dirty() {
                 self.save();
             }
-            let Some(output) = self.updater.poll_output() else { break };
+            let Some(output) = self.updater.poll_output() else {
+                break;
+            };
             match output {
-                Output::Phase { generation, phase, failure } => {
+                Output::Phase {
+                    generation,
+                    phase,
+                    failure,
+                } => {
                     self.phases.push((generation, phase));
                     self.last_failure = failure.or(self.last_failure.take());
                 }
@@ -229,14 +257,21 @@ impl World {
         }
         for report in self.updater.state().outbox.reports() {
             let known = self.reports.insert(report.seq, report.clone());
-            assert!(known.is_none_or(|known| known == *report), "number {} was used twice", report.seq);
+            assert!(
+                known.is_none_or(|known| known == *report),
+                "number {} was used twice",
+                report.seq
+            );
         }
         self.check_invariants();
     }
 
     fn save(&mut self) {
         let state = serde_json::to_string(self.updater.state()).unwrap();
-        self.saved = (state, self.updater.manifest().map(|envelope| envelope.to_vec()));
+        self.saved = (
+            state,
+            self.updater.manifest().map(|envelope| envelope.to_vec()),
+        );
     }
 
     fn on_command(&mut self, command: Command) {
@@ -251,13 +286,24 @@ impl World {
                 return;
             }
             Command::InvalidateSpare { .. } | Command::Fetch { .. } => {
-                assert_eq!(self.record.slot(self.running).state, SlotState::Confirmed, "{command:?}");
+                assert_eq!(
+                    self.record.slot(self.running).state,
+                    SlotState::Confirmed,
+                    "{command:?}"
+                );
                 if matches!(command, Command::Fetch { .. }) {
-                    assert_eq!(self.record.slot(self.running.other()).state, SlotState::Unbootable);
+                    assert_eq!(
+                        self.record.slot(self.running.other()).state,
+                        SlotState::Unbootable
+                    );
                 }
             }
             Command::MarkTrial { image, .. } => {
-                assert_eq!(self.spare_holds(), image.release_id, "the trial of an image that is not there");
+                assert_eq!(
+                    self.spare_holds(),
+                    image.release_id,
+                    "the trial of an image that is not there"
+                );
             }
             _ => {}
         }
@@ -284,7 +330,9 @@ impl World {
                 *self.trials.entry(generation).or_default() += 1;
                 (job, self.record.mark_trial(spare, image, tries))
             }
-            Command::Confirm { job, floor } => (job, self.record.confirm(self.running, floor).map(|_| ())),
+            Command::Confirm { job, floor } => {
+                (job, self.record.confirm(self.running, floor).map(|_| ()))
+            }
             Command::Reject { job } => (job, self.record.reject(self.running).map(|_| ())),
             Command::Cancel | Command::Reboot => return None,
         };
@@ -298,7 +346,10 @@ impl World {
         let Some(job) = self.do_job() else { return };
         self.job = None;
         if asks {
-            self.feed(Input::Consent { job, consent: Consent::Go });
+            self.feed(Input::Consent {
+                job,
+                consent: Consent::Go,
+            });
         } else {
             self.end_job(job, Ok(()));
         }
@@ -306,17 +357,23 @@ impl World {
 
     /// The job under way fails without having changed anything.
     pub fn fail_job(&mut self, trouble: Trouble) {
-        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else { return };
+        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else {
+            return;
+        };
         self.end_job(job, Err(trouble));
     }
 
     fn end_job(&mut self, job: JobId, result: Result<(), Trouble>) {
-        let boot = Some(self.record.view(self.boot_id.to_string(), self.running));
+        let boot = Some(Box::new(
+            self.record.view(self.boot_id.to_string(), self.running),
+        ));
         self.feed(Input::Done { job, result, boot });
     }
 
     pub fn answer(&mut self, consent: Consent) {
-        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else { return };
+        let Some(job) = self.job.take().and_then(|command| job_of(&command)) else {
+            return;
+        };
         self.feed(Input::Consent { job, consent });
     }
 
@@ -330,7 +387,11 @@ impl World {
     pub fn pass(&mut self, time: Duration) {
         self.now.mono += time;
         self.now.wall = self.now.wall.saturating_add(time);
-        if self.updater.poll_timeout().is_some_and(|at| at <= self.now.mono) {
+        if self
+            .updater
+            .poll_timeout()
+            .is_some_and(|at| at <= self.now.mono)
+        {
             self.feed(Input::Timer);
         }
     }
@@ -361,7 +422,10 @@ impl World {
 
     /// Everything in the state directory is lost.
     pub fn lose_state(&mut self) {
-        self.saved = (serde_json::to_string(&State::new("4567".repeat(8))).unwrap(), None);
+        self.saved = (
+            serde_json::to_string(&State::new("4567".repeat(8))).unwrap(),
+            None,
+        );
         self.reports.clear();
     }
 
@@ -389,18 +453,28 @@ impl World {
     }
 
     pub fn order(&mut self, generation: u64, action: Action) {
-        let notice = Notice { action, manifest: [].into(), file_id: String::new(), ..self.notice(generation, &Spec::good(1)) };
+        let notice = Notice {
+            action,
+            manifest: [].into(),
+            file_id: String::new(),
+            ..self.notice(generation, &Spec::good(1))
+        };
         self.feed(Input::Notice(notice));
     }
 
     pub fn register(&mut self) {
-        self.feed(Input::Registered { report_interval: Duration::from_secs(1) });
+        self.feed(Input::Registered {
+            report_interval: Duration::from_secs(1),
+        });
     }
 
     /// The server commits everything; `generation` is the present one.
     pub fn ack(&mut self, generation: u64) {
         let upto_seq = self.updater.state().outbox.last_seq();
-        self.feed(Input::Acked { upto_seq, generation });
+        self.feed(Input::Acked {
+            upto_seq,
+            generation,
+        });
     }
 
     pub fn revoke(&mut self, version: u64, ids: &[ReleaseId]) {
@@ -411,20 +485,33 @@ impl World {
             version,
             issued: START,
             expires: START.saturating_add(DAY),
-            revoked: BTreeSet::from_iter(ids).into_iter().map(|id| Revoked { release_id: *id, reason: "bad".into() }).collect(),
+            revoked: BTreeSet::from_iter(ids)
+                .into_iter()
+                .map(|id| Revoked {
+                    release_id: *id,
+                    reason: "bad".into(),
+                })
+                .collect(),
             min_security_counter: 0,
             crit: Vec::new(),
         };
         let mut envelope = list.to_envelope().unwrap();
         envelope.sign(&key(RELEASE_KEY)).unwrap();
-        if self.trust.apply_revocation(&product, &envelope.to_bytes()).unwrap_or(false) {
+        if self
+            .trust
+            .apply_revocation(&product, &envelope.to_bytes())
+            .unwrap_or(false)
+        {
             self.feed(Input::TrustChanged);
         }
     }
 
     /// The next root takes the release role from the first key.
     pub fn replace_release_key(&mut self) {
-        let mut next = self.trust.root().next(START, START.saturating_add(DAY * 3650));
+        let mut next = self
+            .trust
+            .root()
+            .next(START, START.saturating_add(DAY * 3650));
         next.add_key(key(NEXT_RELEASE_KEY).public());
         next.roles.release = fwpush_keys::root::RoleKeys::new(1, &[key(NEXT_RELEASE_KEY).public()]);
         next.drop_unused_keys();
@@ -460,12 +547,22 @@ impl World {
     }
 
     pub fn ended(&self) -> (Phase, Option<String>) {
-        let outcome = self.updater.state().outcome.as_ref().expect("an update ended");
-        (outcome.phase, outcome.failure.as_ref().map(|failure| failure.code.clone()))
+        let outcome = self
+            .updater
+            .state()
+            .outcome
+            .as_ref()
+            .expect("an update ended");
+        (
+            outcome.phase,
+            outcome.failure.as_ref().map(|failure| failure.code.clone()),
+        )
     }
 
     pub fn code(&self) -> &str {
-        self.last_failure.as_ref().map_or("", |failure| &failure.code)
+        self.last_failure
+            .as_ref()
+            .map_or("", |failure| &failure.code)
     }
 
     pub fn floor(&self) -> u64 {
@@ -473,27 +570,53 @@ impl World {
     }
 
     pub fn last_report(&self) -> &Report {
-        self.updater.state().outbox.reports().last().expect("something waits")
+        self.updater
+            .state()
+            .outbox
+            .reports()
+            .last()
+            .expect("something waits")
     }
 
     pub fn last_decision(&self) -> Option<Decision> {
-        let replies = self.updater.state().outbox.reports().filter_map(|report| match &report.kind {
-            ReportKind::Reply { decision, .. } => Some(decision.clone()),
-            _ => None,
-        });
+        let replies =
+            self.updater
+                .state()
+                .outbox
+                .reports()
+                .filter_map(|report| match &report.kind {
+                    ReportKind::Reply { decision, .. } => Some(decision.clone()),
+                    _ => None,
+                });
         replies.last()
     }
 
     /// The bounds and orders that hold whatever happens.
     fn check_invariants(&self) {
         let state = self.updater.state();
-        assert!(self.record.slots.iter().any(|slot| slot.state == SlotState::Confirmed), "{:?}", self.record);
-        assert!(self.trials.values().all(|trials| *trials <= 1), "a generation was tried twice: {:?}", self.trials);
+        assert!(
+            self.record
+                .slots
+                .iter()
+                .any(|slot| slot.state == SlotState::Confirmed),
+            "{:?}",
+            self.record
+        );
+        assert!(
+            self.trials.values().all(|trials| *trials <= 1),
+            "a generation was tried twice: {:?}",
+            self.trials
+        );
         assert!(state.outbox.reports().count() <= limits::OUTBOX + 1);
         assert!(state.installs.len() <= self.policy.installs_per_window);
         assert!(state.failed.len() <= limits::FAILED_RELEASES);
         let seqs: Vec<u64> = state.outbox.reports().map(|report| report.seq).collect();
-        assert!(seqs.is_sorted() && seqs.last().is_none_or(|last| *last <= state.outbox.last_seq()));
+        assert!(
+            seqs.is_sorted()
+                && seqs
+                    .last()
+                    .is_none_or(|last| *last <= state.outbox.last_seq())
+        );
         let again: State = serde_json::from_str(&self.saved.0).expect("what was saved can be read");
         assert!(again.observed_generation <= state.observed_generation);
     }
