@@ -8,8 +8,7 @@ use std::io;
 
 use rustls::{AlertDescription, CertificateError};
 
-/// Layers of errors that are looked through; real ones have about five.
-const MAX_LAYERS: usize = 32;
+use crate::limits::ERROR_LAYERS;
 
 /// Says why a connection failed: looks through `error` and its sources for the TLS or network error that explains it, and
 /// says what to do where that is clear. Otherwise all texts of the chain, outermost first.
@@ -57,7 +56,7 @@ fn layers<'a>(
             None => layer.source(),
         }
     })
-    .take(MAX_LAYERS)
+    .take(ERROR_LAYERS)
 }
 
 fn explain_tls(error: &rustls::Error) -> String {

@@ -58,6 +58,12 @@ pub const PEM_BYTES: usize = 64 * 1024;
 /// A `fwpush://` name: scheme 9, two ids, a role of at most 8, two slashes.
 pub const IDENTITY_URI_BYTES: usize = 9 + ID_BYTES + 1 + 8 + 1 + ID_BYTES;
 
+/// The longest a certificate may be asked to last, a century in days. A typing error beyond it would be honoured for ever.
+pub const CERTIFICATE_DAYS: u32 = 36_525;
+
+/// Layers of an error that are looked through for its reason. Real ones have about five; a ring must not hold us.
+pub const ERROR_LAYERS: usize = 32;
+
 /// Names (DNS and IP) in one node certificate.
 pub const SAN_NAMES: usize = 64;
 

@@ -20,16 +20,13 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::id::TrustDomain;
 use crate::identity::{Identity, Role};
-use crate::limits::{CERTIFICATE_BYTES, PEM_BYTES, SAN_NAMES};
+use crate::limits::{CERTIFICATE_BYTES, CERTIFICATE_DAYS, PEM_BYTES, SAN_NAMES};
 use crate::time::Timestamp;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// How far certificates reach back before they were made: clocks of one installation may differ by minutes.
 const BACKDATE: Duration = Duration::from_secs(300);
-
-/// The longest a certificate may be asked to last; a typing error beyond it would be honoured for ever.
-const MAX_DAYS: u32 = 36_525;
 
 /// Why an authority or a certificate could not be made or read.
 #[derive(Debug, thiserror::Error)]
@@ -90,8 +87,8 @@ pub enum PkiError {
     /// Not a name that DNS has.
     #[error("not a DNS name: {0:?}")]
     DnsName(String),
-    /// Zero, beyond [`MAX_DAYS`], or not representable in a certificate.
-    #[error("a certificate lasts from 1 to {MAX_DAYS} days")]
+    /// Zero, beyond [`CERTIFICATE_DAYS`], or not representable in a certificate.
+    #[error("a certificate lasts from 1 to {CERTIFICATE_DAYS} days")]
     Validity,
     /// A certificate cannot outlive its authority.
     #[error(
@@ -418,7 +415,7 @@ fn authority_name(role: Role) -> String {
 
 /// `days` after `now`; bounded.
 fn end(now: Timestamp, days: u32) -> Result<Timestamp, PkiError> {
-    if days == 0 || days > MAX_DAYS {
+    if days == 0 || days > CERTIFICATE_DAYS {
         return Err(PkiError::Validity);
     }
     now.checked_add(DAY * days).ok_or(PkiError::Validity)
