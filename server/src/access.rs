@@ -1,7 +1,7 @@
 //! Which devices may be connected at all, and the connections of each, so that blocking one takes effect at once.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -11,7 +11,10 @@ use fwpush_keys::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::db::{Db, DbError};
+use crate::{
+    db::{Db, DbError},
+    limits,
+};
 
 /// Why a device with a valid certificate is not served; it and the log get these words.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +40,8 @@ pub struct Access {
 struct State {
     /// Devices refused at their handshake already; the database is the truth, this only spares the questions.
     blocked: HashSet<DeviceId>,
-    live: HashMap<DeviceId, HashMap<u64, CancellationToken>>,
+    /// By the order in which they came.
+    live: HashMap<DeviceId, BTreeMap<u64, CancellationToken>>,
     next: u64,
 }
 
@@ -55,17 +59,27 @@ impl Access {
     pub fn bar(&self) -> Bar {
         let access = self.clone();
         Bar::new(move |identity| {
-            let device = identity.id.parse::<DeviceId>();
-            identity.role == Role::Device && device.is_ok_and(|device| access.is_blocked(&device))
+            let device = identity.id.parse::<DeviceId>().ok().filter(|_| identity.role == Role::Device);
+            let blocked = device.filter(|device| access.is_blocked(device));
+            if let Some(device) = &blocked {
+                tracing::info!(device.id = %device, "A blocked device is refused in its handshake.");
+            }
+            blocked.is_some()
         })
     }
 
-    /// Registers a connection of `device` until the guard goes.
+    /// Registers a connection of `device` until the guard goes. Of more than [`limits::CONNECTIONS_PER_DEVICE`] the oldest ends.
     pub fn enter(&self, device: &DeviceId, hang_up: CancellationToken) -> Entered {
         let mut state = self.state();
         state.next += 1;
         let number = state.next;
-        state.live.entry(device.clone()).or_default().insert(number, hang_up);
+        let own = state.live.entry(device.clone()).or_default();
+        own.insert(number, hang_up);
+        if own.len() > limits::CONNECTIONS_PER_DEVICE
+            && let Some((_, oldest)) = own.pop_first()
+        {
+            oldest.cancel();
+        }
         Entered { access: self.clone(), device: device.clone(), number }
     }
 
@@ -91,10 +105,9 @@ impl Access {
         Ok(())
     }
 
-    /// Refuses the device from now on and ends its connections. The database was told before.
+    /// Refuses the device from now on. The database was told before; what is live is ended by [`Self::hang_up`].
     pub fn block(&self, device: &DeviceId) {
         self.state().blocked.insert(device.clone());
-        self.hang_up(device);
     }
 
     pub fn unblock(&self, device: &DeviceId) {

@@ -122,7 +122,8 @@ impl Devices {
         found.ok_or_else(|| DeviceError::NotFound(device.clone()))
     }
 
-    /// Commits the block first, then ends what is live: a device that comes back in between finds itself blocked.
+    /// Commits the block first, then ends what is live: a device that comes back in between finds itself blocked. When this
+    /// returns, nothing of the device is served any more.
     pub async fn block(&self, device: &DeviceId, reason: &str, operator: &str) -> Result<DeviceRecord, DeviceError> {
         self.get(device).await?;
         self.inner.db.set_blocked(device, true, reason, operator).await?;

@@ -19,6 +19,17 @@ pub const WAITING_PER_ADDRESS: usize = 2_048;
 /// A handshake takes two round trips: 10 s suffice for a link of 2 s each way with one loss.
 pub const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
 
+/// What a refused peer is given to read the reason: an alert, or the answer to its first call.
+pub const LINGER: Duration = Duration::from_secs(2);
+
+/// A device opens its stream as soon as it is connected; a connection on which nothing was asked for this long is closed. After
+/// that, HTTP/2 pings tell whether anybody is there.
+pub const FIRST_REQUEST: Duration = Duration::from_secs(10);
+
+/// Connections of one device; of more, the oldest is closed. A device has one, and for a while some that it has lost and we have
+/// not noticed; without a bound one stolen key could take every place there is.
+pub const CONNECTIONS_PER_DEVICE: usize = 8;
+
 /// Live connections on one listener; more are closed at once. Two thirds of a file limit of 20,000, the rest is for
 /// images, the database and the other listeners.
 pub const CONNECTIONS: usize = 13_000;
@@ -50,7 +61,7 @@ pub const CLIENT_MESSAGE_BYTES: usize = 64 * 1024;
 /// One message of an operator or node: an envelope (64 KiB) or 10,000 device ids of 64 bytes, or an upload chunk of 1 MiB.
 pub const OPERATOR_MESSAGE_BYTES: usize = 2 * 1024 * 1024;
 
-/// The first message of a stream is due within this.
+/// The first message of a stream is due within this, and the request of a download.
 pub const REGISTER_TIME: Duration = Duration::from_secs(10);
 
 /// Control messages queued for one session, next to the latest-wins notice slot; a full queue answers BUSY.

@@ -5,12 +5,13 @@
 
 use std::{
     collections::HashMap,
+    convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -27,15 +28,20 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Code, Status};
 use tower::ServiceExt as _;
 
-use crate::{access::Access, limits, metrics as m};
+use crate::{
+    access::{self, Access},
+    limits, metrics as m,
+};
 
 /// Who is at the other end of a connection; in the extensions of each of its requests.
 #[derive(Clone, Debug)]
@@ -83,7 +89,7 @@ enum Refused {
     #[error("identity: {0}")]
     Identity(#[from] fwpush_keys::IdentityError),
     #[error("{0}")]
-    Access(#[from] crate::access::Refused),
+    Access(#[from] access::Refused),
     #[error("the server is stopping")]
     Stopping,
 }
@@ -164,7 +170,10 @@ async fn connection(
             let device: DeviceId =
                 peer.identity.id.parse().map_err(fwpush_keys::IdentityError::from)?;
             let entered = listener.access.enter(&device, hang_up.clone());
-            listener.access.check_device(&device, &peer).await?;
+            if let Err(refused) = listener.access.check_device(&device, &peer).await {
+                tell(io, &refused).await;
+                return Err(refused.into());
+            }
             Some(entered)
         }
         Role::Node | Role::Operator => None,
@@ -190,40 +199,82 @@ async fn handshake(
         Ok(Err(error)) => return Err(Refused::Tls(error.to_string())),
         Err(_) => return Err(Refused::Silent),
     }
-    let _places = handshakes.places(&waiting).await.ok_or(Refused::Stopping)?;
-    drop(waiting);
+    let places = handshakes.places(&waiting).await.ok_or(Refused::Stopping)?;
     let acceptor = TlsAcceptor::from(listener.tls.load_full());
-    match timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp)).await {
+    let accepted = timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp).into_fallible()).await;
+    drop(places);
+    match accepted {
         Ok(Ok(io)) => Ok(io),
-        Ok(Err(error)) => Err(Refused::Tls(tls::explain(&error))),
+        Ok(Err((error, tcp))) => {
+            linger(tcp).await;
+            Err(Refused::Tls(tls::explain(&error)))
+        }
         Err(_) => Err(Refused::Slow),
     }
 }
 
-/// Serves requests until the peer leaves, the caller is hung up on, or the server has drained.
-async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Caller, stop: &Stop) {
+/// Lets the peer read the alert. To close a socket that has unread bytes resets the connection, and the peer may then never
+/// see what was sent to it before.
+async fn linger(mut tcp: TcpStream) {
+    let _ = tcp.shutdown().await;
+    let mut unread = [0; 1024];
+    let drained = async { while let Ok(1..) = tcp.read(&mut unread).await {} };
+    let _ = timeout(limits::LINGER, drained).await;
+}
+
+/// Answers whatever the peer asks with the reason why it is not served, so that its user hears it too.
+async fn tell(io: TlsStream<TcpStream>, refused: &access::Refused) {
+    let code = match refused {
+        access::Refused::Database(_) => Code::Unavailable,
+        _ => Code::PermissionDenied,
+    };
+    let status = Status::new(code, refused.to_string());
+    let answer = hyper::service::service_fn(move |_: http::Request<hyper::body::Incoming>| {
+        let answer = status.clone().into_http::<axum::body::Body>();
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    let told = http_builder().serve_connection(TokioIo::new(io), answer);
+    let _ = timeout(limits::LINGER, told).await;
+}
+
+/// HTTP/2 within our bounds.
+fn http_builder() -> http2::Builder<TokioExecutor> {
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits::STREAMS_PER_CONNECTION)
         .max_header_list_size(limits::HEADER_LIST_BYTES)
         .max_send_buf_size(limits::SEND_BUFFER_BYTES)
-        // A device's own messages are small; uploads come over the operators' listener.
-        .initial_stream_window_size(if listener.name == "devices" { 128 << 10 } else { 4 << 20 })
-        .initial_connection_window_size(if listener.name == "devices" { 256 << 10 } else { 8 << 20 })
         .keep_alive_interval(Some(limits::KEEPALIVE_INTERVAL))
         .keep_alive_timeout(limits::KEEPALIVE_TIMEOUT)
         // RST and CONTINUATION floods (RUSTSEC-2024-0003, RUSTSEC-2024-0332) end the connection.
         .max_pending_accept_reset_streams(32)
         .max_local_error_reset_streams(64);
+    builder
+}
+
+/// Serves requests until the peer leaves, the caller is hung up on, or the server has drained.
+async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Caller, stop: &Stop) {
+    let devices = listener.name == "devices";
+    let mut builder = http_builder();
+    builder
+        // A device's own messages are small; uploads come over the operators' listener.
+        .initial_stream_window_size(if devices { 128 << 10 } else { 4 << 20 })
+        .initial_connection_window_size(if devices { 256 << 10 } else { 8 << 20 });
     let hang_up = caller.hang_up.clone();
     let address = caller.address;
+    let asked = Arc::new(AtomicBool::new(false));
+    let note = asked.clone();
     let app = listener.app.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+        note.store(true, Ordering::Relaxed);
         request.extensions_mut().insert(caller.clone());
         request.map(axum::body::Body::new)
     });
     let mut served = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
     let mut draining = false;
+    // An operator may think before a command; a device does not.
+    let mut silent = devices;
+    let mut patience = pin!(tokio::time::sleep(limits::FIRST_REQUEST));
     loop {
         tokio::select! {
             ended = served.as_mut() => {
@@ -231,6 +282,13 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
                     tracing::debug!(peer = %address, %error, "A connection broke.");
                 }
                 break;
+            }
+            () = patience.as_mut(), if silent => {
+                silent = false;
+                if !asked.load(Ordering::Relaxed) {
+                    tracing::info!(peer = %address, "A connection was closed: nothing was asked on it.");
+                    break;
+                }
             }
             () = hang_up.cancelled() => break,
             () = stop.kill.cancelled() => break,

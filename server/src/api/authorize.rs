@@ -11,7 +11,7 @@ fn admit(caller: Option<&Caller>, role: Role) -> Result<&Caller, Status> {
     if caller.peer.identity.role != role {
         let had = caller.peer.identity.role;
         return Err(Status::permission_denied(format!(
-            "this service is for {role} certificates; yours is a {had} certificate"
+            "this service is for {role} certificates; the role in yours is {had}"
         )));
     }
     Ok(caller)

@@ -14,6 +14,7 @@ use fwpush_keys::id::{DeviceId, FileId};
 use fwpush_proto::v1::{FileRequest, Part};
 use http_body_util::{BodyExt as _, Limited};
 use prost::Message as _;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
@@ -72,7 +73,9 @@ impl Downloads {
         let (parts, body) = request.into_parts();
         let (device, caller) = authorize::device(parts.extensions.get::<Caller>())?;
         self.access.check_device(&device, &caller.peer).await.map_err(status::access)?;
-        let wanted = decode(body).await?;
+        let wanted = timeout(limits::REGISTER_TIME, decode(body))
+            .await
+            .map_err(|_| Status::deadline_exceeded("no whole request within 10 s"))??;
         let id: FileId = wanted
             .file_id
             .parse()
