@@ -11,5 +11,6 @@ pub mod pki;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod scene;
 pub mod site;
 pub mod wait;

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Read},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Condvar, Mutex},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -26,6 +26,13 @@ pub struct Process {
 struct Output {
     lines: Mutex<Lines>,
     more: Condvar,
+}
+
+impl Output {
+    /// A test that panics while it waits for a line still prints all lines.
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -73,29 +80,35 @@ impl Process {
 
     /// Waits for a line with `words` at or after line number `from`; gives the number behind it, and the line.
     pub fn line_after(&self, from: usize, words: &str) -> (usize, String) {
+        self.line_where(from, words, |line| line.contains(words))
+    }
+
+    /// Waits for a line at or after number `from` that is `wanted`, which `what` describes; gives the number behind it, and
+    /// the line.
+    pub fn line_where(&self, from: usize, what: &str, wanted: impl Fn(&str) -> bool) -> (usize, String) {
         let until = Instant::now() + LONG;
-        let mut lines = self.output.lines.lock().unwrap();
+        let mut lines = self.output.lock();
         loop {
-            let found = lines.all.iter().enumerate().skip(from).find(|(_, line)| line.contains(words));
+            let found = lines.all.iter().enumerate().skip(from).find(|(_, line)| wanted(line));
             if let Some((at, line)) = found {
                 return (at + 1, line.clone());
             }
             let left = until.saturating_duration_since(Instant::now());
             let ended = lines.ended == 2;
-            assert!(!ended && !left.is_zero(), "{}: no line with {words:?} in:\n{}", self.name, lines.all.join("\n"));
+            assert!(!ended && !left.is_zero(), "{}: no line with {what:?} in:\n{}", self.name, lines.all.join("\n"));
             lines = self.output.more.wait_timeout(lines, left.min(Duration::from_secs(1))).unwrap().0;
         }
     }
 
     /// Everything printed so far.
     pub fn lines(&self) -> Vec<String> {
-        self.output.lines.lock().unwrap().all.clone()
+        self.output.lock().all.clone()
     }
 
     /// Everything that it printed until it ended.
     pub fn all_lines(&self) -> Vec<String> {
         let until = Instant::now() + LONG;
-        let mut lines = self.output.lines.lock().unwrap();
+        let mut lines = self.output.lock();
         while lines.ended < 2 {
             assert!(Instant::now() < until, "{} keeps its output open", self.name);
             lines = self.output.more.wait_timeout(lines, Duration::from_secs(1)).unwrap().0;
@@ -155,10 +168,10 @@ impl Drop for Process {
 fn collect(from: impl Read + Send + 'static, output: Arc<Output>) {
     thread::spawn(move || {
         for line in BufReader::new(from).lines().map_while(Result::ok) {
-            output.lines.lock().unwrap().all.push(line);
+            output.lock().all.push(line);
             output.more.notify_all();
         }
-        output.lines.lock().unwrap().ended += 1;
+        output.lock().ended += 1;
         output.more.notify_all();
     });
 }
