@@ -46,6 +46,11 @@ pub const ROOT_HOPS: u64 = 1024;
 pub const WORDS_BYTES: usize = 1024;
 /// Generations are integers that JSON readers take exactly; a higher one would never be followed by another.
 pub const GENERATION_MAX: u64 = (1 << 53) - 1;
+/// The highest that a new state directory begins with: half of them.
+pub const GENERATION_FIRST_MAX: u64 = 1 << 52;
+/// How far a generation may be ahead of the newest observed. Far more changes than a device can miss, and so few that the
+/// other half lasts for 2^28 notices: for eighty years at [`NOTICE_INTERVAL`].
+pub const GENERATION_STEP_MAX: u64 = 1 << 24;
 /// Nonce of a notice, echoed; a UUID is 36.
 pub const NONCE_BYTES: usize = 128;
 /// Channels in `agent.toml`, as the wire says.

@@ -18,7 +18,7 @@ impl Updater {
     /// Newer than all that was observed: takes the place of what is under way, unless that is past its mark. The same again:
     /// answered again. Older: ignored.
     pub(super) fn on_notice(&mut self, mut notice: Notice, context: &mut Context<'_>) {
-        if notice.generation == 0 || notice.generation > limits::GENERATION_MAX {
+        if !self.may_follow(notice.generation) {
             return;
         }
         notice
@@ -51,6 +51,17 @@ impl Updater {
             }
             Action::Install | Action::Rollback => self.consider(notice, context),
         }
+    }
+
+    /// Whether a generation leaves room for those that follow. A server that was taken over could otherwise use the numbers
+    /// up and make the device deaf to its rightful server.
+    fn may_follow(&self, generation: u64) -> bool {
+        let most = match self.state.observed_generation {
+            // A state directory that is new or was lost: the server may have counted for long.
+            0 => limits::GENERATION_FIRST_MAX,
+            observed => observed.saturating_add(limits::GENERATION_STEP_MAX),
+        };
+        (1..=most.min(limits::GENERATION_MAX)).contains(&generation)
     }
 
     /// Once marked, a trial finishes; what the server wants by then is looked at afterwards.
