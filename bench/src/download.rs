@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use blake3::hazmat::HasherExt as _;
 use futures::future::try_join_all;
-use fwpush_keys::RolloutId;
-use fwpush_keys::{FileId, Timestamp};
+use fwpush_keys::{FileId, GROUP_BYTES, RolloutId, Timestamp};
 use serde::Serialize;
 use tokio::time::timeout;
 
@@ -13,7 +13,7 @@ use crate::{
     args::DownloadArgs,
     child::ServerProcess,
     cores::Cores,
-    figures::{Report, Table, gib, median},
+    figures::{Report, Table, gib, median, notes, process_cpu},
     image::Image,
     limits,
     operator::Operator,
@@ -36,6 +36,8 @@ pub struct Served {
     pub server_cpu_s_per_gib: f64,
     /// Of all clients together.
     pub gib_per_s: f64,
+    /// All clients together: what it costs to receive and decrypt.
+    pub client_cpu_s_per_gib: f64,
 }
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -45,6 +47,10 @@ pub struct Round {
     /// Processor time of fwpush's server by that of the reference.
     pub ratio: f64,
     pub device: Pulled,
+    /// One client that asks as the device does and throws the bytes away: as fast as a device that does nothing could be.
+    pub alone: Served,
+    /// Processor time to hash a GiB in groups of 64 KiB: what verifying must cost.
+    pub hash_cpu_s_per_gib: f64,
 }
 
 /// The result.
@@ -120,6 +126,8 @@ pub async fn run(args: &DownloadArgs, cores: Cores) -> Result<Download> {
             reference: of_reference,
             ratio: of_fwpush.server_cpu_s_per_gib / of_reference.server_cpu_s_per_gib,
             device: pulled,
+            alone: parts.serve_one(&mut fwpush).await?,
+            hash_cpu_s_per_gib: hash_cpu_s_per_gib(),
         });
     }
     drop(parts);
@@ -147,40 +155,78 @@ impl Parts<'_> {
     }
 
     async fn serve_fwpush(&mut self, server: &mut ServerProcess) -> Result<Served> {
-        serve(server, &mut self.of_fwpush, self.args, &self.file)
+        let what = self.what(self.args.chunk);
+        serve(server, &mut self.of_fwpush, what)
             .await
             .context("download from fwpush")
     }
 
+    async fn serve_one(&mut self, server: &mut ServerProcess) -> Result<Served> {
+        let what = self.what(limits::DEVICE_CHUNK_BYTES);
+        serve(server, &mut self.of_fwpush[..1], what)
+            .await
+            .context("download from fwpush alone")
+    }
+
     async fn serve_reference(&mut self, server: &mut ServerProcess) -> Result<Served> {
-        serve(server, &mut self.of_reference, self.args, &self.file)
+        let what = self.what(self.args.chunk);
+        serve(server, &mut self.of_reference, what)
             .await
             .context("download from the reference")
     }
+
+    fn what(&self, chunk: u32) -> What {
+        What {
+            file: self.file,
+            size: self.args.size,
+            chunk,
+        }
+    }
+}
+
+/// A whole file, in chunks.
+#[derive(Clone, Copy)]
+struct What {
+    file: FileId,
+    size: u64,
+    chunk: u32,
 }
 
 /// All clients download the whole file at the same time.
 async fn serve(
     server: &mut ServerProcess,
     clients: &mut [RawClient],
-    args: &DownloadArgs,
-    file: &FileId,
+    what: What,
 ) -> Result<Served> {
-    let (used, started) = (server.cpu().await?, Instant::now());
+    let (used, used_here, started) = (server.cpu().await?, process_cpu(), Instant::now());
     let downloads = clients
         .iter_mut()
-        .map(|client| client.download(file, args.size, args.chunk));
+        .map(|client| client.download(&what.file, what.size, what.chunk));
     let received: u64 = timeout(limits::PART_TIME, try_join_all(downloads))
         .await??
         .into_iter()
         .sum();
-    let took = started.elapsed();
+    let (took, used_here) = (started.elapsed(), process_cpu().saturating_sub(used_here));
     let used = server.cpu().await?.saturating_sub(used);
     let gib = gib(received);
     Ok(Served {
         server_cpu_s_per_gib: used.as_secs_f64() / gib,
         gib_per_s: gib / took.as_secs_f64(),
+        client_cpu_s_per_gib: used_here.as_secs_f64() / gib,
     })
+}
+
+/// Hashes the same group over and over, as a device hashes each once.
+fn hash_cpu_s_per_gib() -> f64 {
+    const GROUPS: u64 = 4_096;
+    let group = vec![0x5a; GROUP_BYTES as usize];
+    let used = process_cpu();
+    for index in 0..GROUPS {
+        let mut hasher = blake3::Hasher::new();
+        hasher.set_input_offset(index * GROUP_BYTES).update(&group);
+        std::hint::black_box(hasher.finalize_non_root());
+    }
+    process_cpu().saturating_sub(used).as_secs_f64() / gib(GROUPS * GROUP_BYTES)
 }
 
 impl Download {
@@ -207,72 +253,70 @@ impl Download {
 impl Report for Download {
     fn text(&self) -> String {
         let mut table = Table::new(self.rounds.len());
-        let mut line = |name, figure: fn(&Round) -> f64, decimals, remark: &str| {
+        let ratio = goal(self.ratio <= RATIO_GOAL, &format!("at most {RATIO_GOAL}"));
+        let rate = goal(
+            self.device_gib_per_s >= RATE_GOAL_GIB_PER_S,
+            &format!("at least {RATE_GOAL_GIB_PER_S:.0}"),
+        );
+        let lines: [(&str, fn(&Round) -> f64, usize, &str); 12] = [
+            (
+                "server CPU-s/GiB, fwpush",
+                |r| r.fwpush.server_cpu_s_per_gib,
+                3,
+                "",
+            ),
+            (
+                "server CPU-s/GiB, reference",
+                |r| r.reference.server_cpu_s_per_gib,
+                3,
+                "",
+            ),
+            ("ratio", |r| r.ratio, 2, &ratio),
+            ("GiB/s, fwpush", |r| r.fwpush.gib_per_s, 2, ""),
+            ("GiB/s, reference", |r| r.reference.gib_per_s, 2, ""),
+            ("device, verifying: GiB/s", |r| r.device.gib_per_s, 2, &rate),
+            (
+                "one client, discarding: GiB/s",
+                |r| r.alone.gib_per_s,
+                2,
+                "what there is to reach",
+            ),
+            ("device: CPU-s/GiB", |r| r.device.cpu_s_per_gib, 3, ""),
+            (
+                "one client: CPU-s/GiB",
+                |r| r.alone.client_cpu_s_per_gib,
+                3,
+                "receive, decrypt",
+            ),
+            ("hashing alone: CPU-s/GiB", |r| r.hash_cpu_s_per_gib, 3, ""),
+            (
+                "device: s before first byte",
+                |r| r.device.prepare_s,
+                3,
+                "outline, search of both slots",
+            ),
+            (
+                "device: s to read back",
+                |r| r.device.finish_s,
+                3,
+                "after the FileAck",
+            ),
+        ];
+        for (name, figure, decimals, remark) in lines {
             table.line(name, self.rounds.iter().map(figure), decimals, remark);
-        };
-        line(
-            "server CPU-s/GiB, fwpush",
-            |round| round.fwpush.server_cpu_s_per_gib,
-            3,
-            "",
-        );
-        line(
-            "server CPU-s/GiB, reference",
-            |round| round.reference.server_cpu_s_per_gib,
-            3,
-            "",
-        );
-        let goal = format!(
-            "goal: at most {RATIO_GOAL}, {}",
-            met(self.ratio <= RATIO_GOAL)
-        );
-        line("ratio", |round| round.ratio, 2, &goal);
-        line("GiB/s, fwpush", |round| round.fwpush.gib_per_s, 2, "");
-        line("GiB/s, reference", |round| round.reference.gib_per_s, 2, "");
-        let goal = format!(
-            "goal: at least {RATE_GOAL_GIB_PER_S}, {}",
-            met(self.device_gib_per_s >= RATE_GOAL_GIB_PER_S)
-        );
-        line(
-            "device, verifying: GiB/s",
-            |round| round.device.gib_per_s,
-            2,
-            &goal,
-        );
-        line(
-            "device: CPU-s/GiB",
-            |round| round.device.cpu_s_per_gib,
-            3,
-            "",
-        );
-        line(
-            "device: s before first byte",
-            |round| round.device.prepare_s,
-            3,
-            "",
-        );
-        line(
-            "device: s to read back",
-            |round| round.device.finish_s,
-            3,
-            "",
-        );
-        let debug = if self.optimized {
-            ""
-        } else {
-            "\nThis is a debug build: its figures say nothing.\n"
-        };
+        }
         format!(
-            "{} MiB in chunks of {} KiB, {} clients, {}\n\n{}{debug}",
+            "{} MiB in chunks of {} KiB, {} clients, {}\n\n{}{}",
             self.size_bytes >> 20,
             self.chunk_bytes >> 10,
             self.clients,
             self.cores,
-            table.into_text()
+            table.into_text(),
+            notes(self.clients, self.clients),
         )
     }
 }
 
-fn met(met: bool) -> &'static str {
-    if met { "met" } else { "MISSED" }
+fn goal(met: bool, what: &str) -> String {
+    format!("goal: {what}, {}", if met { "met" } else { "MISSED" })
 }

@@ -53,6 +53,19 @@ impl Percentiles {
     }
 }
 
+/// Below a table: that there were fewer devices than asked for, and that this is no release build.
+pub fn notes(devices: u32, asked: u32) -> String {
+    let mut notes = String::new();
+    if devices < asked {
+        notes +=
+            &format!("\nFewer than {asked}: the limit on open files (ulimit -n) allows no more.\n");
+    }
+    if cfg!(debug_assertions) {
+        notes += "\nThis is a debug build: its figures say nothing.\n";
+    }
+    notes
+}
+
 /// A result: JSON by its fields, text by [`Report::text`].
 pub trait Report: Serialize {
     /// A table for people.

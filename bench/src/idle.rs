@@ -1,12 +1,18 @@
 //! Memory of the server per device that is connected, registered and silent.
 
 use anyhow::{Result, ensure};
-use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::{
-    args::IdleArgs, child::ServerProcess, cores::Cores, figures::Report, limits,
-    operator::Operator, progress::Progress, raw::Registered, site::Site,
+    args::IdleArgs,
+    child::ServerProcess,
+    cores::Cores,
+    figures::{Report, notes},
+    limits,
+    operator::Operator,
+    progress::Progress,
+    raw::Registered,
+    site::Site,
 };
 
 /// Devices that connect before the first look: what the server needs once is then there.
@@ -29,7 +35,7 @@ pub struct Idle {
 /// Sets everything up, measures, and cleans up.
 pub async fn run(args: &IdleArgs, cores: Cores) -> Result<Idle> {
     let progress = Progress::new();
-    let streams = within_open_files(args.streams + FIRST)?.saturating_sub(FIRST);
+    let streams = limits::within_open_files(args.streams + FIRST)?.saturating_sub(FIRST);
     ensure!(
         streams > 0,
         "the limit on open files (ulimit -n) leaves no room for a stream"
@@ -60,15 +66,6 @@ pub async fn run(args: &IdleArgs, cores: Cores) -> Result<Idle> {
     })
 }
 
-/// As many connections as this process and a server may have.
-pub fn within_open_files(asked: u32) -> Result<u32> {
-    let Some(limit) = getrlimit(Resource::Nofile).current else {
-        return Ok(asked);
-    };
-    let room = limit.saturating_sub(limits::OTHER_FILES);
-    Ok(u64::from(asked).min(room).try_into()?)
-}
-
 /// Resident memory once it does not change any more.
 async fn settled(server: &ServerProcess) -> Result<u64> {
     let mut last = server.resident_bytes()?;
@@ -85,24 +82,17 @@ async fn settled(server: &ServerProcess) -> Result<u64> {
 
 impl Report for Idle {
     fn text(&self) -> String {
-        let fewer = if self.streams < self.streams_asked {
-            format!(
-                "\nFewer than {}: the limit on open files (ulimit -n) allows no more.\n",
-                self.streams_asked
-            )
-        } else {
-            String::new()
-        };
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         format!(
             "{} registered, silent devices; {FIRST} more were there before\n\n\
              server memory before   {:>8.1} MiB\n\
              server memory          {:>8.1} MiB\n\
-             per stream             {:>8.1} KiB\n{fewer}",
+             per stream             {:>8.1} KiB\n{}",
             self.streams,
             mib(self.resident_before_bytes),
             mib(self.resident_bytes),
             self.bytes_per_stream / 1024.0,
+            notes(self.streams, self.streams_asked),
         )
     }
 }

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use anyhow::Result;
+use rustix::process::{Resource, getrlimit};
+
 /// A whole benchmark: the largest sensible run (64 clients, 1 GiB, 10 rounds) takes about 10 minutes.
 pub const RUN_TIME: Duration = Duration::from_secs(20 * 60);
 
@@ -64,3 +67,12 @@ pub const UPLOAD_AHEAD: usize = 4;
 /// Memory is read when it has not changed for two looks, this long apart, and after so many looks in any case.
 pub const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 pub const SETTLE_LOOKS: usize = 20;
+
+/// As many connections as this process and a server may have.
+pub fn within_open_files(asked: u32) -> Result<u32> {
+    let Some(limit) = getrlimit(Resource::Nofile).current else {
+        return Ok(asked);
+    };
+    let room = limit.saturating_sub(OTHER_FILES);
+    Ok(u64::from(asked).min(room).try_into()?)
+}

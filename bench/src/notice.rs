@@ -16,8 +16,7 @@ use crate::{
     args::NoticeArgs,
     child::ServerProcess,
     cores::Cores,
-    figures::{Percentiles, Report, Table},
-    idle::within_open_files,
+    figures::{Percentiles, Report, Table, notes},
     image::Image,
     limits,
     operator::Operator,
@@ -58,7 +57,7 @@ type Heard = (String, Instant);
 /// Sets everything up, measures, and cleans up.
 pub async fn run(args: &NoticeArgs, cores: Cores) -> Result<Notice> {
     let progress = Progress::new();
-    let count = within_open_files(args.devices)?;
+    let count = limits::within_open_files(args.devices)?;
     ensure!(
         count > 0,
         "the limit on open files (ulimit -n) leaves no room for a device"
@@ -160,24 +159,12 @@ impl Report for Notice {
         line("notice ms, last device", |round| round.notice_ms.max);
         line("StartRollout answered, ms", |round| round.answered_ms);
         line("server CPU, ms", |round| round.server_cpu_ms);
-        let fewer = if self.devices < self.devices_asked {
-            format!(
-                "\nFewer than {}: the limit on open files (ulimit -n) allows no more.\n",
-                self.devices_asked
-            )
-        } else {
-            String::new()
-        };
-        let debug = if self.optimized {
-            ""
-        } else {
-            "\nThis is a debug build: its figures say nothing.\n"
-        };
         format!(
-            "{} devices, {}\n\n{}{fewer}{debug}",
+            "{} devices, {}\n\n{}{}",
             self.devices,
             self.cores,
-            table.into_text()
+            table.into_text(),
+            notes(self.devices, self.devices_asked),
         )
     }
 }

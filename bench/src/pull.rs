@@ -66,14 +66,21 @@ pub async fn pull(
     };
     let mut agent =
         Agent::new(parts).map_err(|error| anyhow::anyhow!("the agent: {}", error_text(&error)))?;
-    // On a worker of its own, as in a device: the benchmark's main task may not run on one.
-    let running = tokio::spawn(async move {
+    // A runtime of its own, as in fwpush-device; a profiler can tell its threads from the clients'.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("device")
+        .enable_all()
+        .build()
+        .context("start the device's runtime")?;
+    let running = runtime.spawn(async move {
         let exit = agent.run(CancellationToken::new()).await;
         (exit, agent)
     });
-    let (exit, agent) = timeout(limits::PART_TIME, running)
-        .await
-        .context("the device is not done in time")??;
+    let ended = timeout(limits::PART_TIME, running).await;
+    // Dropping a runtime waits, which a task must not.
+    runtime.shutdown_background();
+    let (exit, agent) = ended.context("the device is not done in time")??;
     let exit = exit.map_err(|error| anyhow::anyhow!("the agent: {}", error_text(&error)))?;
     let moments = std::mem::take(&mut *moments.lock().unwrap_or_else(PoisonError::into_inner));
     if let Some(problem) = moments.problem {
