@@ -128,7 +128,7 @@ pub const CHUNK_MESSAGE_BYTES: usize = 1024 * 1024 + 4 * 1024;
 
 /// Received and not yet verified; the stream is not read on while it is full. With the HTTP/2 windows and as much again
 /// in the hands of the writer this bounds the memory of a transfer.
-pub const RECEIVED_BYTES: usize = 1024 * 1024;
+pub const RECEIVED_BYTES: usize = 512 * 1024;
 /// Data is made durable at least this often: what a power cut may cost.
 pub const SYNC_BYTES: u64 = 8 * 1024 * 1024;
 pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
@@ -151,8 +151,8 @@ pub const SERVER_REFUSALS: u32 = 4;
 /// Wait between two tries of a download: full jitter, doubling.
 pub const RETRY_MIN: Duration = Duration::from_millis(500);
 pub const RETRY_MAX: Duration = Duration::from_secs(60);
-/// Read at once when a slot is scanned or hashed; BLAKE3 is slow on less than 64 KiB.
-pub const SCAN_BYTES: usize = 1024 * 1024;
+/// Read at once when a slot is scanned or hashed; BLAKE3 is slow on less than 64 KiB. A multiple of a group.
+pub const SCAN_BYTES: usize = 256 * 1024;
 
 // ---- The trial ----
 

@@ -1,6 +1,6 @@
 //! The agent as a process: configuration, log, signals, exit codes, and the emulated bootloader of a bench.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
 
 use fwpush_keys::error_text;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,15 +30,18 @@ pub fn run(config: &Path, once: bool) -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => return failed(&error, EXIT_CONFIGURATION),
     };
-    // Two workers: the stream stays alive while the other waits for storage.
+    // One worker for the network beside this thread, which decides and saves; two for storage, names and hashing. Each
+    // thread more has a heap of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(1)
+        .max_blocking_threads(2)
         .enable_all()
         .build();
     let runtime = match runtime {
@@ -101,7 +104,7 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
         })?;
         let status = agent.status();
         tracing::info!(
-            version = status.version.map(|version| version.to_string()),
+            version = status.version.map(tracing::field::display),
             slot = %status.slot,
             confirmed = status.confirmed,
             floor = status.floor,

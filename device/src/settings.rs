@@ -52,7 +52,7 @@ pub struct TransferSettings {
     pub retry: Duration,
     /// Average bytes a second; `None` for as fast as it goes.
     pub bandwidth_limit: Option<u64>,
-    /// Hosts from which https mirrors may be used; none by default.
+    /// Hosts from which https mirrors may be used, none by default. Reserved: this agent fetches from its server only.
     pub mirror_hosts: Vec<String>,
 }
 

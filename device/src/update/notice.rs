@@ -87,6 +87,10 @@ impl Updater {
 
     /// Answers a notice that was handled before. False: there is no record of how.
     fn answer_again(&mut self, notice: &Notice, context: &mut Context<'_>) -> bool {
+        if matches!(notice.action, Action::Hold | Action::Abort) {
+            // It says nothing new the second time; also what an update that has ended leaves behind.
+            return true;
+        }
         if let Some(outcome) = &self.state.outcome
             && outcome.generation == notice.generation
         {
@@ -101,8 +105,7 @@ impl Updater {
             .update_mut()
             .filter(|update| update.generation == notice.generation)
         else {
-            // A HOLD says nothing new the second time.
-            return matches!(notice.action, Action::Hold | Action::Abort);
+            return false;
         };
         update.nonce.clone_from(&notice.nonce);
         match update.stage.clone() {

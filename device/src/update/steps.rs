@@ -83,11 +83,15 @@ impl Updater {
         self.enter(Stage::Acknowledging { seq });
     }
 
-    /// What the server has committed is forgotten; not saved at once, as sending a report twice is harmless.
+    /// What the server has committed is forgotten. Saved at once only where nothing else would save it soon: sending a
+    /// report twice is harmless.
     pub(super) fn on_acked(&mut self, upto_seq: u64, generation: u64, context: &mut Context<'_>) {
         let known = upto_seq <= self.state.outbox.last_seq();
-        self.state.outbox.acknowledged(upto_seq);
+        let forgotten = self.state.outbox.acknowledged(upto_seq);
         let Some(update) = &self.state.update else {
+            if forgotten && self.state.outbox.is_empty() {
+                self.set_dirty();
+            }
             return;
         };
         let Stage::Acknowledging { seq } = update.stage else {

@@ -194,6 +194,22 @@ fn a_file_that_the_manifest_does_not_name_is_rejected() {
 }
 
 #[test]
+fn a_hold_that_is_said_again_is_not_answered_again() {
+    let mut world = World::new();
+    world.order(1, Action::Hold);
+    world.ack(1);
+    world.order(1, Action::Hold);
+    assert!(world.updater.is_idle(), "nothing to send, nothing to save");
+    world.until_reboot(2, &Spec::good(1));
+    world.reboot();
+    world.register();
+    world.run();
+    world.ack(2);
+    world.order(2, Action::Hold);
+    assert!(world.updater.is_idle());
+}
+
+#[test]
 fn a_rejected_generation_is_answered_the_same_however_often_it_comes() {
     let mut world = World::new();
     let bad = Spec {
