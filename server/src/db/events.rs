@@ -3,6 +3,8 @@
 //! Operators' entries are kept. A device's are bounded twice: the newest [`limits::EVENTS_PER_DEVICE`] of each device, and
 //! [`limits::HISTORY`] of time.
 
+use std::collections::BTreeSet;
+
 use fwpush_keys::{id::DeviceId, time::Timestamp};
 use serde_json::json;
 
@@ -70,11 +72,11 @@ pub(crate) async fn insert(tx: &mut Tx, events: &[NewEvent]) -> Result<(), DbErr
     const INSERT: &str = "INSERT INTO events (device_id, at_ms, kind, details, actor, audit) \
         SELECT x.device_id, $2, x.kind, x.details, x.actor, x.audit FROM {rows} AS x";
     const CUT: &str = "DELETE FROM events WHERE event_id IN (\
-        SELECT (SELECT e.event_id FROM events AS e WHERE e.device_id = x.device_id AND e.audit = 0 \
-            ORDER BY e.event_id DESC LIMIT 1 OFFSET $2) \
-        FROM {rows} AS x)";
+        SELECT e.event_id FROM {rows} AS x JOIN events AS e ON e.device_id = x.device_id AND e.audit = 0 \
+            AND e.event_id <= (SELECT o.event_id FROM events AS o WHERE o.device_id = x.device_id AND o.audit = 0 \
+                ORDER BY o.event_id DESC LIMIT 1 OFFSET $2))";
     let mut rows = Rows::of(&["device_id", "kind", "details", "actor", "audit"]);
-    let mut bounded = Rows::of(&["device_id"]);
+    let mut bounded = BTreeSet::new();
     for event in events {
         let device = event.device.as_ref().map(DeviceId::as_str);
         rows.push(json!([
@@ -85,17 +87,17 @@ pub(crate) async fn insert(tx: &mut Tx, events: &[NewEvent]) -> Result<(), DbErr
             i64::from(event.audit)
         ]));
         if let (Some(device), false) = (device, event.audit) {
-            bounded.push(json!([device]));
+            bounded.insert(device);
         }
     }
     let now = tx.now();
     tx.execute_for("write events", INSERT, rows, params![now])
         .await?;
-    // One goes for one that came; a batch with several of one device leaves it over its bound until the next.
+    // All beyond the bound, however many came at once: a device decides how often it makes one.
     tx.execute_for(
         "bound the events of a device",
         CUT,
-        bounded,
+        Rows::column(&["device_id"], bounded),
         params![limits::EVENTS_PER_DEVICE],
     )
     .await?;

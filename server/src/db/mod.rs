@@ -134,4 +134,6 @@ impl Db {
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+mod sqlite_tests;
+#[cfg(test)]
 pub(crate) mod testing;

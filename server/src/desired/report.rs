@@ -6,7 +6,10 @@
 
 use fwpush_keys::time::Timestamp;
 
-use super::state::{DeviceState, UpdateRow};
+use super::{
+    DesiredAction,
+    state::{DeviceState, UpdateRow},
+};
 use crate::{
     db::RunningImage,
     ingest::{Decision, DeviceReport, ReportError, ReportKind},
@@ -23,15 +26,14 @@ impl DeviceState {
             self.observe(report.generation);
         }
         let place = (report.boot_count, report.seq);
-        let counts = |row: &&mut UpdateRow| {
-            // Also of a row that is not told yet: the device may have heard a notice that was not noted before a crash.
-            row.phase != Phase::Chosen
-                && row.generation == report.generation
-                && place > row.reported
-        };
-        let Some(row) = self.row.as_mut().filter(counts) else {
+        // Also of a row that is not told yet: the device may have heard a notice that was not noted before a crash.
+        let later = |row: &&mut UpdateRow| row.phase != Phase::Chosen && place > row.reported;
+        let Some(row) = self.row.as_mut().filter(later) else {
             return;
         };
+        if row.generation != report.generation {
+            return self.gave_up(report, now);
+        }
         row.reported = place;
         row.changed = true;
         match &report.kind {
@@ -70,6 +72,26 @@ impl DeviceState {
         if generation > record.observed_generation && generation <= record.desired_generation {
             record.observed_generation = generation;
             self.facts_changed = true;
+        }
+    }
+
+    /// A device that has not begun its trial obeys an ABORT or a HOLD, and says so by accepting it. One that has begun answers only
+    /// after it has reported how the trial ended.
+    fn gave_up(&mut self, report: &DeviceReport, now: Timestamp) {
+        let accepts = matches!(
+            report.kind,
+            ReportKind::Reply {
+                decision: Decision::Accepted,
+                ..
+            }
+        );
+        let told_to = matches!(
+            self.record.desired_action,
+            DesiredAction::Abort | DesiredAction::Hold
+        );
+        if accepts && told_to && report.generation == self.record.desired_generation {
+            let why = ReportError::new("ABORTED", "the device gave it up when it was told to");
+            self.end(Phase::Cancelled, Some(why), now);
         }
     }
 

@@ -300,14 +300,19 @@ impl DeviceState {
     }
 
     /// The device starts its open update from the beginning, under `generation`: it does not know of the old one any more, or the
-    /// server does not.
+    /// server does not. Where a newer rollout waits for it, that takes its place.
     pub(super) fn restart(&mut self, generation: u64, now: Timestamp) {
         self.record.desired_generation = generation;
+        self.record.desired_action = DesiredAction::Hold;
         self.desired_changed = true;
         let Some(row) = self.row.as_mut().filter(|row| row.phase != Phase::Chosen) else {
-            self.record.desired_action = DesiredAction::Hold;
             return;
         };
+        if self.record.next_rollout.is_some() {
+            let why = ReportError::new("SUPERSEDED", "a newer rollout waited for this one to end");
+            self.end(Phase::Cancelled, Some(why), now);
+            return;
+        }
         self.record.desired_action = row.rollout.action.into();
         self.record.desired_rollout = Some(row.rollout.rollout_id);
         row.generation = generation;

@@ -350,7 +350,7 @@ fn check_step(before: &RolloutDeviceRow, after: &RolloutDeviceRow) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, max_shrink_iters: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happens_the_invariants_hold(story in prop::collection::vec(happens(), 1..60)) {

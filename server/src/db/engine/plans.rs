@@ -1,0 +1,35 @@
+//! How the engine means to run the statements of a test.
+
+use std::{cell::RefCell, future::Future};
+
+use super::{Engine, Param, bind};
+
+tokio::task_local! {
+    static RECORD: RefCell<Vec<(String, Vec<Param>)>>;
+}
+
+pub(super) fn record(sql: &str, params: &[Param]) {
+    // Outside of a recording there is nothing to note.
+    let _ = RECORD.try_with(|record| record.borrow_mut().push((sql.to_owned(), params.to_vec())));
+}
+
+/// Runs `work` and gives the plan of each statement that it ran: SQLite's lines, each with its statement.
+pub(crate) async fn of(engine: &Engine, work: impl Future<Output = ()>) -> Vec<(String, String)> {
+    let recording = RECORD.scope(RefCell::default(), async {
+        work.await;
+        RECORD.with(RefCell::take)
+    });
+    let Engine::Sqlite { readers, .. } = engine;
+    let mut lines = Vec::new();
+    for (sql, params) in recording.await {
+        let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));
+        for row in sqlx::query_with(explain, bind(params))
+            .fetch_all(readers)
+            .await
+            .unwrap()
+        {
+            lines.push((sqlx::Row::get::<String, _>(&row, "detail"), sql.clone()));
+        }
+    }
+    lines
+}

@@ -1,0 +1,146 @@
+//! What goes into statements: single values, and rows for statements about many.
+
+use fwpush_keys::time::Timestamp;
+
+/// A value bound to a placeholder. `None` is SQL NULL of that type.
+#[derive(Clone, Debug)]
+pub(crate) enum Param {
+    I64(Option<i64>),
+    Text(Option<String>),
+    Bytes(Option<Vec<u8>>),
+}
+
+/// `params![a, b]`: the values of `$1`, `$2`, ...
+macro_rules! params {
+    ($($value:expr),* $(,)?) => { vec![$($crate::db::engine::Param::from($value)),*] };
+}
+pub(crate) use params;
+
+impl From<i64> for Param {
+    fn from(value: i64) -> Self {
+        Self::I64(Some(value))
+    }
+}
+
+impl From<u64> for Param {
+    fn from(value: u64) -> Self {
+        Self::I64(Some(to_i64(value)))
+    }
+}
+
+impl From<u32> for Param {
+    fn from(value: u32) -> Self {
+        Self::I64(Some(value.into()))
+    }
+}
+
+impl From<bool> for Param {
+    fn from(value: bool) -> Self {
+        Self::I64(Some(value.into()))
+    }
+}
+
+impl From<Timestamp> for Param {
+    fn from(value: Timestamp) -> Self {
+        Self::I64(Some(value.as_ms()))
+    }
+}
+
+impl From<&str> for Param {
+    fn from(value: &str) -> Self {
+        Self::Text(Some(value.to_owned()))
+    }
+}
+
+impl From<String> for Param {
+    fn from(value: String) -> Self {
+        Self::Text(Some(value))
+    }
+}
+
+impl From<Option<String>> for Param {
+    fn from(value: Option<String>) -> Self {
+        Self::Text(value)
+    }
+}
+
+impl From<Option<i64>> for Param {
+    fn from(value: Option<i64>) -> Self {
+        Self::I64(value)
+    }
+}
+
+impl From<&[u8]> for Param {
+    fn from(value: &[u8]) -> Self {
+        Self::Bytes(Some(value.to_vec()))
+    }
+}
+
+/// `u64` as the database holds it. Every number that comes from outside is bounded far below; the rest saturates.
+pub(crate) fn to_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// Rows that one statement works on, as a JSON list of lists.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    columns: &'static [&'static str],
+    values: Vec<serde_json::Value>,
+}
+
+impl Rows {
+    /// No rows yet, of these columns: integers, texts or nulls.
+    pub(crate) fn of(columns: &'static [&'static str]) -> Self {
+        Self {
+            columns,
+            values: Vec::new(),
+        }
+    }
+
+    /// Adds a row: a JSON array with a value for each column.
+    pub(crate) fn push(&mut self, row: serde_json::Value) {
+        debug_assert_eq!(row.as_array().map(Vec::len), Some(self.columns.len()));
+        self.values.push(row);
+    }
+
+    /// Rows of one column.
+    pub(crate) fn column(
+        column: &'static [&'static str; 1],
+        values: impl IntoIterator<Item = impl ToString>,
+    ) -> Self {
+        let values = values
+            .into_iter()
+            .map(|value| serde_json::json!([value.to_string()]))
+            .collect();
+        Self {
+            columns: column,
+            values,
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// `sql` with `{rows}` replaced by a table expression over `$1`.
+    pub(super) fn sqlite(&self, sql: &str) -> String {
+        let columns: Vec<String> = self
+            .columns
+            .iter()
+            .enumerate()
+            .map(|(i, name)| format!("value ->> {i} AS {name}"))
+            .collect();
+        sql.replace(
+            "{rows}",
+            &format!("(SELECT {} FROM json_each($1))", columns.join(", ")),
+        )
+    }
+
+    pub(super) fn json(self) -> String {
+        serde_json::Value::Array(self.values).to_string()
+    }
+}

@@ -1,0 +1,307 @@
+//! How the update of a device goes on, whatever it says or fails to say.
+
+use std::time::Duration;
+
+use super::super::*;
+use crate::{
+    db::testing::*,
+    desired::DesiredAction,
+    ingest::{Decision, ReportKind},
+    rollout::Phase,
+};
+use Phase::{
+    Accepted, Cancelled, Downloading, Offered, Pending, Rejected, RolledBack, Succeeded, TimedOut,
+    Verified,
+};
+
+#[tokio::test]
+async fn a_device_that_was_away_gets_it_on_connecting_and_the_rollout_completes_again() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    bench.update("a", &release).await;
+    bench.db.advance_clock(limits::SETTLE);
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Complete);
+    assert_eq!(bench.phases(&rollout).await, [(Pending, 1), (Succeeded, 1)]);
+    let desired = bench.register("b", facts("1.0.0")).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Install, 1)
+    );
+    bench.hear("b").await;
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Active);
+    bench.update("b", &release).await;
+    bench.drive().await;
+    let view = bench.view(&rollout).await;
+    assert_eq!(
+        (view.state, view.waiting_for.as_str()),
+        (RolloutState::Complete, "")
+    );
+    assert!(view.ended_at.is_some());
+    bench.check_counts().await;
+}
+
+#[tokio::test]
+async fn silence_is_told_again_before_the_answer_and_fails_after_it() {
+    let mut bench = Bench::sqlite().await;
+    bench
+        .add_all(&["silent", "stuck", "slow", "deferring"])
+        .await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    for name in ["silent", "stuck", "slow", "deferring"] {
+        bench.register(name, facts("1.0.0")).await;
+        bench.hear(name).await;
+    }
+    assert_eq!(bench.phases(&rollout).await, [(Offered, 4)]);
+    bench.say("stuck", accepted()).await;
+    bench.say("slow", downloading(1)).await;
+    let until = bench
+        .db
+        .now()
+        .saturating_add(Duration::from_secs(6 * 3_600));
+    bench
+        .say(
+            "deferring",
+            ReportKind::Reply {
+                decision: Decision::Deferred { until },
+                error: None,
+            },
+        )
+        .await;
+    bench.db.advance_clock(limits::TIMEOUTS.reply);
+    bench.drive().await;
+    assert_eq!(bench.phase(&rollout, "silent").await, Some(Pending));
+    assert_eq!(
+        bench.desired("silent").await.generation,
+        1,
+        "the same notice is told again"
+    );
+    bench
+        .db
+        .advance_clock(limits::TIMEOUTS.step - limits::TIMEOUTS.reply);
+    bench.say("slow", downloading(2)).await;
+    bench.drive().await;
+    assert_eq!(bench.phase(&rollout, "stuck").await, Some(TimedOut));
+    assert_eq!(bench.desired("stuck").await.action, DesiredAction::Abort);
+    assert_eq!(bench.phase(&rollout, "slow").await, Some(Downloading));
+    assert_eq!(
+        bench.phase(&rollout, "deferring").await,
+        Some(Phase::Deferred)
+    );
+    bench.say("slow", downloading(2)).await;
+    bench.db.advance_clock(limits::TIMEOUTS.step);
+    bench.drive().await;
+    assert_eq!(
+        bench.phase(&rollout, "slow").await,
+        Some(TimedOut),
+        "the same bytes again are no progress"
+    );
+    bench.say("deferring", accepted()).await;
+    assert_eq!(bench.phase(&rollout, "deferring").await, Some(Accepted));
+    bench.check_counts().await;
+}
+
+#[tokio::test]
+async fn a_claim_that_differs_means_hold_and_one_event_until_it_agrees_again() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    let lie = |change: fn(&mut crate::desired::Facts)| {
+        let mut facts = facts("1.0.0");
+        change(&mut facts);
+        facts
+    };
+    for other in [
+        lie(|facts| "other".clone_into(&mut facts.product)),
+        lie(|facts| "board-b".clone_into(&mut facts.hw_id)),
+        lie(|facts| facts.hw_rev = 9),
+        lie(|facts| facts.channels = vec!["beta".to_owned()]),
+    ] {
+        let desired = bench.register("a", other).await;
+        assert_eq!(
+            (desired.action, desired.generation),
+            (DesiredAction::Hold, 0)
+        );
+    }
+    assert_eq!(bench.event_kinds("a").await, ["FACTS_DIFFER", "ADDED"]);
+    let desired = bench.register("a", facts("1.0.0")).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Install, 1)
+    );
+    assert_eq!(bench.event_kinds("a").await[0], "FACTS_AGREE");
+    // Told already: the device is told to stop.
+    bench.register("b", facts("1.0.0")).await;
+    bench.hear("b").await;
+    let desired = bench.register("b", lie(|facts| facts.hw_rev = 9)).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Hold, 2)
+    );
+    assert_eq!(bench.phase(&rollout, "b").await, Some(Cancelled));
+    let desired = bench.register("b", facts("1.0.0")).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Install, 3),
+        "it joins again once it is fit"
+    );
+    bench.check_counts().await;
+}
+
+#[tokio::test]
+async fn a_generation_above_ours_lifts_ours_so_that_the_update_is_news() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    bench.register("a", facts("1.0.0")).await;
+    bench.hear("a").await;
+    bench.say("a", downloading(10)).await;
+    let mut remembers = facts("1.0.0");
+    remembers.observed_generation = 40;
+    let desired = bench.register("a", remembers.clone()).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Install, 41)
+    );
+    assert_eq!(bench.phase(&rollout, "a").await, Some(Pending));
+    bench.say("a", downloading(10)).await;
+    assert_eq!(bench.phase(&rollout, "a").await, Some(Downloading));
+    bench.db.remove_device(&id("b"), "tester").await.unwrap();
+    abort(&bench.db, &rollout, "tester").await.unwrap();
+    bench.add("b").await;
+    let desired = bench.register("b", remembers).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Hold, 41)
+    );
+    bench.check_counts().await;
+}
+
+#[tokio::test]
+async fn a_device_that_lost_its_state_is_told_again_a_bounded_number_of_times() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    for attempt in 1..=limits::ATTEMPTS {
+        let mut fresh = facts("1.0.0");
+        fresh.state_id = format!("{attempt:032}");
+        let desired = bench.register("a", fresh.clone()).await;
+        assert_eq!(
+            (desired.attempt, desired.generation),
+            (attempt, u64::from(attempt))
+        );
+        bench.hear("a").await;
+        let mut ack = crate::db::testing::report("a", desired.generation, 1, file_ack(&release));
+        ack.state_id = fresh.state_id;
+        crate::ingest::testing::report(&bench.db, ack, &crate::db::testing::sink())
+            .await
+            .unwrap();
+        assert_eq!(
+            bench.phase(&rollout, "a").await,
+            Some(Verified),
+            "seq starts anew with the state"
+        );
+    }
+    let mut fresh = facts("1.0.0");
+    fresh.state_id = "f".repeat(32);
+    bench.register("a", fresh).await;
+    assert_eq!(
+        (
+            bench.phase(&rollout, "a").await,
+            bench.error_code(&rollout, "a").await.as_str()
+        ),
+        (Some(Phase::Failed), "STATE_LOST")
+    );
+    bench.check_counts().await;
+}
+
+#[tokio::test]
+async fn a_bad_image_is_tried_once_whatever_reconnects() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    bench.register("a", facts("1.0.0")).await;
+    bench.say("a", file_ack(&release)).await;
+    bench
+        .say("a", ended(RolledBack, Some(facts("1.0.0").current)))
+        .await;
+    for boot in 2..12 {
+        let mut back = facts("1.0.0");
+        (
+            back.boot_count,
+            back.observed_generation,
+            back.last_report_seq,
+        ) = (boot, 1, 2);
+        let desired = bench.register("a", back).await;
+        assert_eq!(
+            (desired.action, desired.generation),
+            (DesiredAction::Hold, 1)
+        );
+    }
+    bench.restart().await;
+    bench.drive().await;
+    assert_eq!(bench.desired("a").await.action, DesiredAction::Hold);
+    assert_eq!(bench.phases(&rollout).await, [(RolledBack, 1)]);
+}
+
+#[tokio::test]
+async fn a_blocked_devices_pending_update_waits_and_a_started_one_runs_into_its_deadline() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    bench.register("b", facts("1.0.0")).await;
+    bench.say("b", downloading(1)).await;
+    for name in ["a", "b"] {
+        bench
+            .db
+            .set_blocked(&id(name), true, "", "tester")
+            .await
+            .unwrap();
+    }
+    bench.db.advance_clock(limits::TIMEOUTS.step);
+    bench.drive().await;
+    assert_eq!(bench.phases(&rollout).await, [(Pending, 1), (TimedOut, 1)]);
+}
+
+#[tokio::test]
+async fn a_rejection_keeps_its_reason_and_a_deferral_too() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    for name in ["a", "b"] {
+        bench.register(name, facts("1.0.0")).await;
+    }
+    let error = |code: &str| Some(crate::ingest::ReportError::new(code, "words"));
+    let until = bench.db.now();
+    bench
+        .say(
+            "a",
+            ReportKind::Reply {
+                decision: Decision::Rejected,
+                error: error("HARDWARE"),
+            },
+        )
+        .await;
+    bench
+        .say(
+            "b",
+            ReportKind::Reply {
+                decision: Decision::Deferred { until },
+                error: error("BUSY"),
+            },
+        )
+        .await;
+    assert_eq!(
+        (
+            bench.phase(&rollout, "a").await,
+            bench.error_code(&rollout, "a").await.as_str()
+        ),
+        (Some(Rejected), "HARDWARE")
+    );
+    assert_eq!(bench.error_code(&rollout, "b").await, "BUSY");
+    bench.say("b", accepted()).await;
+    assert_eq!(bench.error_code(&rollout, "b").await, "");
+    assert_eq!(bench.event_kinds("a").await[0], "REJECTED");
+}
