@@ -332,8 +332,17 @@ impl Device {
 
     fn event(&self, event: &AgentEvent) {
         let changed = self.track().event(event, Instant::now());
-        if let AgentEvent::Bytes(bytes) = event {
-            self.received(*bytes);
+        match event {
+            AgentEvent::Bytes(bytes) => self.received(*bytes),
+            AgentEvent::Phase {
+                generation, phase, ..
+            } => {
+                tracing::debug!(device.id = %self.id, generation, %phase, "An update went into another phase.");
+            }
+            AgentEvent::Disconnected { reason } => {
+                tracing::debug!(device.id = %self.id, reason, "A device is not connected.");
+            }
+            _ => {}
         }
         if changed {
             self.shared.changed.send_replace(());

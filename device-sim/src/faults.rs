@@ -30,7 +30,8 @@ pub fn seed_of(seed: u64, purpose: &str, parts: &[&str]) -> [u8; 32] {
 pub struct FaultShares {
     /// The link breaks during the download, 1 to [`limits::HITS_PER_FAULT`] times an update.
     pub lost_link: f64,
-    /// One byte of a group is flipped on the wire, once an update.
+    /// One byte of a group is flipped on the wire, once an update. Not in images below
+    /// [`limits::CORRUPTED_FRAME_MIN_BYTES`], whose frames cannot be told from other messages.
     pub corrupt_group: f64,
     /// The device puts an update off, 1 to [`limits::DEFERRALS`] times.
     pub defer: f64,

@@ -246,31 +246,35 @@ impl Fleet {
         progress
     }
 
-    /// Waits until the fleet is as wanted. Looks after every change, at most every
-    /// [`limits::LOOK_INTERVAL`].
+    /// Waits until the fleet is as wanted. Looks after every change, but no more often than [`limits::LOOK_INTERVAL`] and
+    /// [`limits::LOOK_SHARE`] allow.
     pub async fn wait_until(
         &self,
         mut wanted: impl FnMut(&Snapshot) -> bool,
         timeout: Duration,
     ) -> Result<Snapshot, TimedOut> {
-        let mut changed = self.shared.changed.subscribe();
-        let mut snapshot = self.snapshot();
         let deadline = tokio::time::sleep(timeout);
         tokio::pin!(deadline);
-        while !wanted(&snapshot) {
-            let next_change = async {
-                tokio::time::sleep(limits::LOOK_INTERVAL).await;
+        let mut changed = self.shared.changed.subscribe();
+        loop {
+            let looking_since = Instant::now();
+            let snapshot = self.snapshot();
+            if wanted(&snapshot) {
+                return Ok(snapshot);
+            }
+            let rest = limits::LOOK_INTERVAL.max(looking_since.elapsed() * limits::LOOK_SHARE);
+            let next_look = async {
+                tokio::time::sleep(rest).await;
                 // Not every byte that arrives is announced as a change.
                 let _ = tokio::time::timeout(limits::LOOK_AT_LEAST, changed.changed()).await;
             };
             tokio::select! {
-                () = next_change => snapshot = self.snapshot(),
+                () = next_look => {}
                 () = &mut deadline => {
                     return Err(TimedOut { timeout, snapshot: Box::new(self.snapshot()) });
                 }
             }
         }
-        Ok(snapshot)
     }
 
     /// Waits until every device has ended `release` as its faults make it, or until `timeout`; says who has not.

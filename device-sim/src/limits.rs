@@ -59,7 +59,10 @@ pub const WORDS_BYTES: usize = 512;
 /// The fleet is looked at no more often than this while someone waits for a state of it: looking takes all its locks.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// And no less often than this: bytes that arrive are not announced one by one.
+/// Looking at a large fleet takes longer: at most this part of a processor, one in so many, goes into it.
+pub const LOOK_SHARE: u32 = 20;
+
+/// When nothing seems to change, this passes between two looks besides: bytes that arrive are not announced one by one.
 pub const LOOK_AT_LEAST: Duration = Duration::from_millis(200);
 
 /// After this, agents that were asked to stop are dropped.

@@ -58,6 +58,17 @@ fn rounded(value: f64, parts: f64) -> f64 {
     (value * parts).round() / parts
 }
 
+/// How the newest update to a release ended, counted from when the device first heard of the release.
+fn whole_update(track: &Track, release: &Version) -> Option<Update> {
+    let first = track.first_to(release)?;
+    let newest = track.newest_to(release)?.clone();
+    Some(Update {
+        heard_at: first.heard_at,
+        registered_at: first.registered_at,
+        ..newest
+    })
+}
+
 /// The figures of `release`. `started`: when it was released, if that is known.
 pub(crate) fn report<'a>(
     release: &Version,
@@ -76,7 +87,7 @@ pub(crate) fn report<'a>(
             .filter(of_release)
             .map(|update| update.bytes)
             .sum::<u64>();
-        updates.extend(track.newest_to(release).cloned());
+        updates.extend(whole_update(track, release));
     }
     let first_heard = updates.iter().map(|update| update.heard_at).min();
     let started = started.or(first_heard);

@@ -185,6 +185,12 @@ impl Track {
         updates.find(|update| update.version.as_ref() == Some(version))
     }
 
+    /// The oldest update to a version that is remembered.
+    pub fn first_to(&self, version: &Version) -> Option<&Update> {
+        let mut updates = self.updates.iter();
+        updates.find(|update| update.version.as_ref() == Some(version))
+    }
+
     /// The newest update, if it never came to the owner being asked.
     pub fn newest_refused(&self) -> Option<&Update> {
         self.updates
