@@ -34,7 +34,7 @@ pub mod watch;
 
 use std::{
     ffi::OsString,
-    io,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -47,7 +47,7 @@ use crate::{
     client::Client,
     config::OperatorConfig,
     failure::{Doing as _, Failure, Result},
-    output::Output,
+    output::{Output, escape_lines},
 };
 
 /// What every command starts from.
@@ -84,15 +84,21 @@ impl Context {
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match parse(args) {
         Ok(cli) => cli,
-        // Help and the version are data; anything else is wrong usage.
-        Err(error) => {
+        // Wrong usage, whose words repeat what was typed: it cannot steer the terminal.
+        Err(error) if error.use_stderr() => {
             // Nowhere to tell that telling failed.
+            let _ = write!(
+                io::stderr(),
+                "{}",
+                escape_lines(&error.render().to_string())
+            );
+            return ExitCode::from(2);
+        }
+        // Help and the version are data.
+        Err(error) => {
+            // As above.
             let _ = error.print();
-            return if error.use_stderr() {
-                ExitCode::from(2)
-            } else {
-                ExitCode::SUCCESS
-            };
+            return ExitCode::SUCCESS;
         }
     };
     match run(cli) {
