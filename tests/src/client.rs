@@ -5,7 +5,8 @@ use std::{error::Error as _, sync::Arc};
 use fwpush_device::channel::{self, ChannelSettings, ConnectError, TcpDial};
 use fwpush_keys::{TrustDomain, tls};
 use fwpush_proto::v1::{
-    ClientMessage, DeviceFacts, FileChunk, FileRequest, RegisterRequest, RunningImage, ServerMessage,
+    ClientMessage, DeviceFacts, FileChunk, FileRequest, Heartbeat, HeartbeatAck, RegisterRequest, Registered,
+    RunningImage, ServerMessage,
     client_message::Kind as FromDevice, file_service_client::FileServiceClient,
     push_service_client::PushServiceClient, server_message::Kind as ToDevice,
 };
@@ -75,11 +76,37 @@ impl Stream {
 
     /// Opens the stream and registers with plain facts; gives the session id.
     pub async fn register(channel: Channel, id: &str) -> Result<(Self, String), Status> {
+        let first = FromDevice::Register(RegisterRequest { client_id: id.into(), facts: Some(facts()) });
+        let (stream, registered) = Self::begin(channel, first).await?;
+        Ok((stream, registered.session_id))
+    }
+
+    /// Opens the stream with this first message.
+    pub async fn begin(channel: Channel, first: FromDevice) -> Result<(Self, Registered), Status> {
         let mut stream = Self::open(channel).await?;
-        stream.say(FromDevice::Register(RegisterRequest { client_id: id.into(), facts: Some(facts()) })).await;
+        stream.say(first).await;
         match stream.next().await? {
-            ToDevice::Registered(registered) => Ok((stream, registered.session_id)),
+            ToDevice::Registered(registered) => Ok((stream, registered)),
             other => panic!("not registered: {other:?}"),
+        }
+    }
+
+    /// Sends a heartbeat and waits for its answer; what comes before that is dropped.
+    pub async fn beat(&mut self, id: &str, timestamp: i64) -> Result<HeartbeatAck, Status> {
+        self.say(FromDevice::Heartbeat(Heartbeat { client_id: id.into(), timestamp })).await;
+        self.wait_for(|message| match message {
+            ToDevice::HeartbeatAck(ack) if ack.timestamp == timestamp => Some(ack),
+            _ => None,
+        })
+        .await
+    }
+
+    /// Reads until `wanted` takes a message.
+    pub async fn wait_for<T>(&mut self, mut wanted: impl FnMut(ToDevice) -> Option<T>) -> Result<T, Status> {
+        loop {
+            if let Some(found) = wanted(self.next().await?) {
+                return Ok(found);
+            }
         }
     }
 

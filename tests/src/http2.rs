@@ -72,14 +72,19 @@ impl Wire {
         settings: &[(u16, u32)],
     ) -> io::Result<Self> {
         let mut wire = Self::tls(address, tls).await?;
+        wire.begin(settings).await?;
+        Ok(wire)
+    }
+
+    /// Begins HTTP/2 with these settings.
+    pub async fn begin(&mut self, settings: &[(u16, u32)]) -> io::Result<()> {
         let mut payload = Vec::new();
         for (id, value) in settings {
             payload.extend(id.to_be_bytes());
             payload.extend(value.to_be_bytes());
         }
-        let begin = [PREFACE, &frame(SETTINGS, 0, 0, &payload)].concat();
-        wire.send(&begin).await?;
-        Ok(wire)
+        self.send(&[PREFACE, &frame(SETTINGS, 0, 0, &payload)].concat())
+            .await
     }
 
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
