@@ -80,10 +80,11 @@ impl Downloads {
             .file_id
             .parse()
             .map_err(|_| Status::invalid_argument("file_id is not 64 lower-case hex digits"))?;
+        let part = Part::try_from(wanted.part).map_err(|_| Status::invalid_argument("a file has no such part"))?;
         self.check_wanted_by(&device, &id).await?;
         let slot = self.slot(&device)?;
         let file = self.open(id).await?;
-        let bytes = match wanted.part() {
+        let bytes = match part {
             Part::Content => file.content.clone(),
             Part::Outline => file.outline.clone(),
         };
