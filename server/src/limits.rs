@@ -5,7 +5,7 @@ use std::time::Duration;
 // ---- Connections ----
 
 /// Unfinished TLS handshakes at once, over all peers. A P-256 handshake costs 0.2 ms of CPU, so 1,024 are 0.2 s of work;
-/// what comes beyond waits in the kernel's accept queue.
+/// what comes beyond waits for its turn and holds a connection place.
 pub const HANDSHAKES: usize = 1_024;
 
 /// Unfinished handshakes of one address at once; more wait for their turn. A site behind one NAT comes back at once after a
@@ -29,6 +29,9 @@ pub const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// Connections of one device; of more, the oldest is closed. A device has one, and for a while some that it has lost and we have
 /// not noticed; without a bound one stolen key could take every place there is.
 pub const CONNECTIONS_PER_DEVICE: usize = 8;
+
+/// A new connection is heard for at least this long, however few places are free: one round trip on the slowest link in use.
+pub const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Live connections on one listener; more are closed at once. Two thirds of a file limit of 20,000, the rest is for
 /// images, the database and the other listeners.
@@ -120,8 +123,9 @@ pub const CHUNK_MIN_BYTES: usize = 16 * 1024;
 pub const CHUNK_MAX_BYTES: usize = 1024 * 1024;
 pub const CHUNK_DEFAULT_BYTES: usize = 256 * 1024;
 
-/// A download in which the peer takes nothing for this long is ended; the device resumes at its offset.
-pub const DOWNLOAD_STALL: Duration = Duration::from_secs(60);
+/// A download in which the peer takes no whole chunk for this long is ended; the device resumes at its offset. A chunk of
+/// 256 KiB in 300 s is 0.9 KB/s, a tenth of the slowest link in use.
+pub const DOWNLOAD_STALL: Duration = Duration::from_secs(300);
 
 /// Mapped files kept open between downloads.
 pub const OPEN_FILES: usize = 64;
@@ -137,6 +141,13 @@ pub const UPLOADS: usize = 4;
 
 /// Partial uploads are forgotten after a week without a new byte.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
+
+/// How far ahead of the database a device's generation can be: a restored backup is behind by the changes since it was made,
+/// one or two for each rollout. Devices follow no further either.
+pub const GENERATION_STEP: u64 = 1 << 24;
+
+/// Places of one device in the queue of reports: what an agent keeps unacknowledged.
+pub const INGEST_SHARE: usize = 64;
 
 // ---- Operators ----
 
@@ -229,8 +240,9 @@ pub const VERSION_BYTES: usize = 128;
 /// A boot id: Linux gives a UUID of 36 characters.
 pub const BOOT_ID_BYTES: usize = 64;
 
-/// Open rollouts of one product that a registering device is compared with, the newest first.
-pub const JOINABLE: u32 = 16;
+/// Open rollouts of one product and channel that a registering device is compared with, the newest first: one for each hardware
+/// model that gets images of its own, and some that lead up to a newer one.
+pub const JOINABLE: u32 = 32;
 
 /// The driver looks again after this even if nobody woke it; it waits this long between two looks; and takes at most this many
 /// steps for one rollout before it looks at the next.

@@ -116,7 +116,7 @@ CREATE TABLE rollouts (
   ended_why TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX rollouts_driven ON rollouts (ordinal) WHERE driven = 1;
-CREATE INDEX rollouts_joinable ON rollouts (product, ordinal) WHERE joinable = 1;
+CREATE INDEX rollouts_joinable ON rollouts (product, channel, ordinal) WHERE joinable = 1;
 CREATE INDEX rollouts_release ON rollouts (release_id);
 CREATE INDEX rollouts_updated ON rollouts (updated_at_ms);
 

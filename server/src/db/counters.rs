@@ -9,7 +9,10 @@ use serde_json::json;
 
 use super::{
     DbError,
-    engine::{On, Rows, Tx},
+    engine::{
+        Column::{Int, Text},
+        On, Rows, Tx,
+    },
 };
 use crate::rollout::{Phase, WaveSeen};
 
@@ -21,7 +24,12 @@ pub(super) async fn add(tx: &mut Tx, deltas: &Deltas) -> Result<(), DbError> {
     const ADD: &str = "INSERT INTO counters (rollout_id, wave, phase, node, devices) \
         SELECT x.rollout_id, x.wave, x.phase, '', x.devices FROM {rows} AS x WHERE true \
         ON CONFLICT (rollout_id, wave, phase, node) DO UPDATE SET devices = counters.devices + excluded.devices";
-    let mut rows = Rows::of(&["rollout_id", "wave", "phase", "devices"]);
+    let mut rows = Rows::of(&[
+        Text("rollout_id"),
+        Int("wave"),
+        Int("phase"),
+        Int("devices"),
+    ]);
     for ((rollout, wave, phase), delta) in deltas {
         if *delta != 0 {
             rows.push(json!([rollout.to_string(), wave, phase.as_i32(), delta]));
@@ -44,7 +52,7 @@ pub(super) async fn of(
         .rows_for(
             "read counts",
             SELECT,
-            Rows::column(&["rollout_id"], rollouts),
+            Rows::texts(&[Text("rollout_id")], rollouts),
             vec![],
         )
         .await?;

@@ -10,7 +10,10 @@ use serde_json::json;
 
 use super::{
     Db, DbError,
-    engine::{On, Row, Rows, Tx, params},
+    engine::{
+        Column::{Int, Text},
+        On, Row, Rows, Tx, params,
+    },
     events::{NewEvent, insert as insert_events},
     rollout_devices, states,
 };
@@ -347,7 +350,7 @@ impl Db {
         const FLUSH: &str = "UPDATE devices SET last_seen_at_ms = x.at_ms FROM {rows} AS x \
             WHERE devices.device_id = x.device_id AND COALESCE(devices.last_seen_at_ms, 0) < x.at_ms";
         for page in seen.chunks(limits::COMMIT_ROWS) {
-            let mut rows = Rows::of(&["device_id", "at_ms"]);
+            let mut rows = Rows::of(&[Text("device_id"), Int("at_ms")]);
             for (device, at) in page {
                 rows.push(json!([device.as_str(), at.as_ms()]));
             }

@@ -10,7 +10,10 @@ use serde_json::json;
 
 use super::{
     Db, DbError,
-    engine::{On, Rows, Tx, params},
+    engine::{
+        Column::{Int, Text},
+        On, Rows, Tx, params,
+    },
 };
 use crate::limits;
 
@@ -75,7 +78,13 @@ pub(crate) async fn insert(tx: &mut Tx, events: &[NewEvent]) -> Result<(), DbErr
         SELECT e.event_id FROM {rows} AS x JOIN events AS e ON e.device_id = x.device_id AND e.audit = 0 \
             AND e.event_id <= (SELECT o.event_id FROM events AS o WHERE o.device_id = x.device_id AND o.audit = 0 \
                 ORDER BY o.event_id DESC LIMIT 1 OFFSET $2))";
-    let mut rows = Rows::of(&["device_id", "kind", "details", "actor", "audit"]);
+    let mut rows = Rows::of(&[
+        Text("device_id"),
+        Text("kind"),
+        Text("details"),
+        Text("actor"),
+        Int("audit"),
+    ]);
     let mut bounded = BTreeSet::new();
     for event in events {
         let device = event.device.as_ref().map(DeviceId::as_str);
@@ -97,7 +106,7 @@ pub(crate) async fn insert(tx: &mut Tx, events: &[NewEvent]) -> Result<(), DbErr
     tx.execute_for(
         "bound the events of a device",
         CUT,
-        Rows::column(&["device_id"], bounded),
+        Rows::texts(&[Text("device_id")], bounded),
         params![limits::EVENTS_PER_DEVICE],
     )
     .await?;

@@ -17,7 +17,10 @@ use serde_json::json;
 
 use super::{
     Db, DbError,
-    engine::{Row, Rows, params},
+    engine::{
+        Column::{Int, Text},
+        Row, Rows, params,
+    },
     events::{NewEvent, insert as insert_events},
 };
 use crate::limits;
@@ -222,7 +225,12 @@ impl Db {
         files.sort_unstable();
         files.dedup();
         let present = tx
-            .rows_for(PUBLISH, FILES, Rows::column(&["file_id"], &files), vec![])
+            .rows_for(
+                PUBLISH,
+                FILES,
+                Rows::texts(&[Text("file_id")], &files),
+                vec![],
+            )
             .await?;
         let present = present
             .iter()
@@ -259,7 +267,7 @@ impl Db {
         tx.execute_for(
             PUBLISH,
             INSERT_FILES,
-            Rows::column(&["file_id"], &files),
+            Rows::texts(&[Text("file_id")], &files),
             params![id],
         )
         .await?;
@@ -326,7 +334,7 @@ impl Db {
         const DRIVE: &str = "UPDATE rollouts SET driven = 1 WHERE product = $1 AND state IN (1, 2) \
             AND release_id IN (SELECT release_id FROM releases WHERE product = $1 AND revoked = 1)";
         let mut tx = self.begin().await?;
-        let mut changed = Rows::of(&["release_id", "revoked"]);
+        let mut changed = Rows::of(&[Text("release_id"), Int("revoked")]);
         for row in tx.rows(REVOKE, HELD, params![product.as_str()]).await? {
             let id: ReleaseId = row.parse("release_id")?;
             let now_revoked = revoked.contains(&id);

@@ -11,7 +11,10 @@ use serde_json::json;
 use super::{
     Db, DbError,
     counters::phase,
-    engine::{On, Row, Rows, Tx, params},
+    engine::{
+        Column::{self, Int, Text},
+        On, Row, Rows, Tx, params,
+    },
     rollouts::{self, Refs},
 };
 use crate::{
@@ -89,7 +92,7 @@ pub(super) async fn open(
         .rows_for(
             "load open updates",
             OPEN,
-            Rows::column(&["device_id"], devices),
+            Rows::texts(&[Text("device_id")], devices),
             vec![],
         )
         .await?;
@@ -118,7 +121,7 @@ pub(crate) async fn past(
 ) -> Result<BTreeMap<(DeviceId, RolloutId), Past>, DbError> {
     const PAST: &str = "SELECT r.device_id, r.rollout_id, r.wave, r.phase, r.bytes_done, r.bytes_total, r.rejoin \
         FROM {rows} AS x JOIN rollout_devices AS r ON r.rollout_id = x.rollout_id AND r.device_id = x.device_id";
-    let mut wanted = Rows::of(&["device_id", "rollout_id"]);
+    let mut wanted = Rows::of(&[Text("device_id"), Text("rollout_id")]);
     for (device, rollout) in pairs {
         wanted.push(json!([device.as_str(), rollout.to_string()]));
     }
@@ -139,27 +142,27 @@ pub(crate) async fn past(
         .collect()
 }
 
-const COLUMNS: &[&str] = &[
-    "rollout_id",
-    "device_id",
-    "wave",
-    "hash",
-    "phase",
-    "generation",
-    "attempt",
+const COLUMNS: &[Column] = &[
+    Text("rollout_id"),
+    Text("device_id"),
+    Int("wave"),
+    Int("hash"),
+    Int("phase"),
+    Int("generation"),
+    Int("attempt"),
     // NULL leaves the stored one.
-    "rev",
-    "report_boot",
-    "report_seq",
-    "bytes_done",
-    "bytes_total",
-    "error_code",
-    "error_message",
-    "deadline_at_ms",
-    "offered_at_ms",
-    "created_at_ms",
-    "updated_at_ms",
-    "rejoin",
+    Int("rev"),
+    Int("report_boot"),
+    Int("report_seq"),
+    Int("bytes_done"),
+    Int("bytes_total"),
+    Text("error_code"),
+    Text("error_message"),
+    Int("deadline_at_ms"),
+    Int("offered_at_ms"),
+    Int("created_at_ms"),
+    Int("updated_at_ms"),
+    Int("rejoin"),
 ];
 
 fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> Rows {
@@ -362,7 +365,7 @@ pub(super) async fn due(
     // One step into the index for each phase; GROUP BY would walk all of its rows.
     const DUE: &str = "SELECT x.phase, (SELECT MIN(r.deadline_at_ms) FROM rollout_devices AS r \
         WHERE r.rollout_id = $2 AND r.phase = x.phase AND r.deadline_at_ms IS NOT NULL) AS due FROM {rows} AS x";
-    let mut told = Rows::of(&["phase"]);
+    let mut told = Rows::of(&[Int("phase")]);
     for phase in Phase::ALL.into_iter().filter(|phase| phase.is_told()) {
         told.push(json!([phase.as_i32()]));
     }

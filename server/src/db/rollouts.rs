@@ -12,7 +12,7 @@ use fwpush_keys::{
 
 use super::{
     Db, DbError, counters,
-    engine::{On, Row, Rows, Tx, params},
+    engine::{Column::Text, On, Row, Rows, Tx, params},
     rollout_devices,
 };
 use crate::{
@@ -121,7 +121,7 @@ async fn many(on: &mut On<'_>, ids: &[RolloutId]) -> Result<Vec<RolloutRow>, DbE
         .rows_for(
             "look up rollouts",
             MANY,
-            Rows::column(&["rollout_id"], ids),
+            Rows::texts(&[Text("rollout_id")], ids),
             vec![],
         )
         .await?;
@@ -144,22 +144,19 @@ pub(crate) async fn newest(on: &mut On<'_>, limit: u32) -> Result<Vec<RolloutRow
     rows.iter().map(RolloutRow::read).collect()
 }
 
-/// Open rollouts of `product` that a device may join by registering, newest first, at most [`limits::JOINABLE`].
+/// Open rollouts of `product` in `channel` that a device may join by registering, newest first, at most
+/// [`limits::JOINABLE`].
 pub(crate) async fn joinable(
     db: &Db,
     on: &mut On<'_>,
     product: &Product,
+    channel: &Channel,
 ) -> Result<Vec<Arc<RolloutRef>>, DbError> {
     const JOINABLE: &str = select!(
-        "rollouts AS r WHERE r.joinable = 1 AND r.product = $1 ORDER BY r.ordinal DESC LIMIT $2"
+        "rollouts AS r WHERE r.joinable = 1 AND r.product = $1 AND r.channel = $2 ORDER BY r.ordinal DESC LIMIT $3"
     );
-    let rows = on
-        .rows(
-            "find open rollouts",
-            JOINABLE,
-            params![product.as_str(), limits::JOINABLE],
-        )
-        .await?;
+    let values = params![product.as_str(), channel.as_str(), limits::JOINABLE];
+    let rows = on.rows("find open rollouts", JOINABLE, values).await?;
     let mut open = Vec::with_capacity(rows.len());
     for row in &rows {
         open.push(RolloutRow::read(row)?.to_ref(db).await?);
@@ -244,7 +241,7 @@ pub(crate) async fn close_to_newcomers(tx: &mut Tx, older: &[RolloutId]) -> Resu
     tx.execute_for(
         "close rollouts to newcomers",
         CLOSE,
-        Rows::column(&["rollout_id"], older),
+        Rows::texts(&[Text("rollout_id")], older),
         vec![],
     )
     .await

@@ -10,7 +10,10 @@ use serde_json::json;
 
 use super::{
     Db, DbError, DeviceRecord, counters,
-    engine::{On, Rows, Tx, params},
+    engine::{
+        Column::{Int, Text},
+        On, Rows, Tx, params,
+    },
     events::insert as insert_events,
     rollout_devices,
 };
@@ -25,7 +28,12 @@ pub(crate) async fn load(
     const LOAD: &str = "load devices";
     const DEVICES: &str = "SELECT d.* FROM {rows} AS x JOIN devices AS d ON d.device_id = x.device_id ORDER BY d.device_id";
     let found = on
-        .rows_for(LOAD, DEVICES, Rows::column(&["device_id"], devices), vec![])
+        .rows_for(
+            LOAD,
+            DEVICES,
+            Rows::texts(&[Text("device_id")], devices),
+            vec![],
+        )
         .await?;
     let mut open = rollout_devices::open(db, on, devices).await?;
     found
@@ -159,12 +167,12 @@ async fn touch(
         return Ok(BTreeMap::new());
     }
     let mut rows = Rows::of(&[
-        "rollout_id",
-        "announce",
-        "offered",
-        "bytes_done",
-        "bytes_total",
-        "queued",
+        Text("rollout_id"),
+        Int("announce"),
+        Int("offered"),
+        Int("bytes_done"),
+        Int("bytes_total"),
+        Int("queued"),
     ]);
     for (rollout, change) in changes {
         rows.push(json!([
@@ -196,25 +204,25 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
         desired_rollout_id = x.rollout_id, next_rollout_id = x.next_rollout_id \
         FROM {rows} AS x WHERE devices.device_id = x.device_id";
     let mut facts = Rows::of(&[
-        "device_id",
-        "held",
-        "state_id",
-        "agent_version",
-        "channels",
-        "attributes",
-        "observed_generation",
-        "release_id",
-        "version",
-        "security_counter",
-        "slot",
-        "confirmed",
+        Text("device_id"),
+        Int("held"),
+        Text("state_id"),
+        Text("agent_version"),
+        Text("channels"),
+        Text("attributes"),
+        Int("observed_generation"),
+        Text("release_id"),
+        Text("version"),
+        Int("security_counter"),
+        Text("slot"),
+        Int("confirmed"),
     ]);
     let mut desired = Rows::of(&[
-        "device_id",
-        "generation",
-        "action",
-        "rollout_id",
-        "next_rollout_id",
+        Text("device_id"),
+        Int("generation"),
+        Int("action"),
+        Text("rollout_id"),
+        Text("next_rollout_id"),
     ]);
     for state in states {
         let record = &state.record;

@@ -1,12 +1,12 @@
 //! Which rollout a device takes part in next.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::Arc,
 };
 
 use fwpush_keys::{
-    id::{DeviceId, Product, RolloutId},
+    id::{Channel, DeviceId, Product, RolloutId},
     time::Timestamp,
 };
 
@@ -140,9 +140,9 @@ fn fits(state: &DeviceState, rollout: &RolloutRef, past: &Pasts, now: Timestamp)
         && judge(&rollout.release, rollout.action, &state.record).is_ok()
 }
 
-/// The open rollouts that target all, by product, newest first.
+/// The open rollouts that target all, by product and channel, newest first.
 struct Open {
-    by_product: BTreeMap<Product, Vec<Arc<RolloutRef>>>,
+    by_channel: BTreeMap<(Product, Channel), Vec<Arc<RolloutRef>>>,
 }
 
 impl Open {
@@ -151,25 +151,22 @@ impl Open {
         on: &mut On<'_>,
         states: impl Iterator<Item = &DeviceState>,
     ) -> Result<Self, DbError> {
-        let products: BTreeSet<Product> = states
-            .filter(|state| state.joins == Joins::Any)
-            .map(|state| state.record.product.clone())
-            .collect();
-        let mut by_product = BTreeMap::new();
-        for product in products {
-            let open = rollouts::joinable(db, on, &product).await?;
-            by_product.insert(product, open);
+        let mut by_channel = BTreeMap::new();
+        for state in states.filter(|state| state.joins == Joins::Any) {
+            let (product, channel) = (&state.record.product, &state.record.channel);
+            if let Entry::Vacant(place) = by_channel.entry((product.clone(), channel.clone())) {
+                place.insert(rollouts::joinable(db, on, product, channel).await?);
+            }
         }
-        Ok(Self { by_product })
+        Ok(Self { by_channel })
     }
 
     fn candidates(&self, state: &DeviceState) -> &[Arc<RolloutRef>] {
         if state.joins != Joins::Any || state.record.held || state.record.blocked {
             return &[];
         }
-        self.by_product
-            .get(&state.record.product)
-            .map_or(&[], Vec::as_slice)
+        let channel = (state.record.product.clone(), state.record.channel.clone());
+        self.by_channel.get(&channel).map_or(&[], Vec::as_slice)
     }
 
     fn choose<'a>(

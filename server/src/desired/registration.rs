@@ -15,8 +15,18 @@ impl DeviceState {
     pub(crate) fn register(&mut self, facts: &Facts, now: Timestamp) {
         self.compare_claim(facts, now);
         self.compare_state(facts, now);
+        let claimed_before = self.record.observed_generation == facts.observed_generation;
         self.note_facts(facts);
-        if facts.observed_generation > self.record.desired_generation {
+        let ahead = facts
+            .observed_generation
+            .saturating_sub(self.record.desired_generation);
+        if ahead > limits::GENERATION_STEP {
+            // No restored database is that far behind: a lie would make the record useless to the real device.
+            if !claimed_before {
+                let details = format!("the device claims {}", facts.observed_generation);
+                self.event("GENERATION_ABSURD", details);
+            }
+        } else if ahead > 0 {
             // The database is older than the device's memory: only a generation above both is news to it.
             let lifted = facts.observed_generation + 1;
             self.event(

@@ -53,6 +53,8 @@ struct State {
     taken: u64,
     /// The newest item of each device that has one, by its number.
     newest: HashMap<DeviceId, u64>,
+    /// How many items each device has in the queue.
+    shares: HashMap<DeviceId, usize>,
     /// The first refused report of a stream: nothing after it may be acknowledged.
     holes: HashMap<DeviceId, Hole>,
 }
@@ -90,8 +92,11 @@ impl Queue {
         let mut state = self.state();
         if let Some(hole) = state.holes.get(&report.device) {
             if !hole.is_of(ack) {
-                // A newer stream: the device sends all that is unacknowledged, in order.
-                state.holes.remove(&report.device);
+                // A newer stream: the device sends all that is unacknowledged, in order. A replaced one that still hands in
+                // what it had does not undo the newer one's.
+                if hole.stream.strong_count() == 0 {
+                    state.holes.remove(&report.device);
+                }
             } else if report.seq > hole.seq {
                 return Err(Full);
             }
@@ -152,6 +157,12 @@ impl Queue {
         state.taken += items.len() as u64;
         let taken = state.taken;
         for item in &items {
+            if let Some(share) = state.shares.get_mut(item.device()) {
+                *share -= 1;
+                if *share == 0 {
+                    state.shares.remove(item.device());
+                }
+            }
             if state
                 .newest
                 .get(item.device())
@@ -166,11 +177,13 @@ impl Queue {
 
 impl State {
     fn push(&mut self, item: Item) -> Result<(), Full> {
-        if self.items.len() >= limits::INGEST_QUEUE {
+        let share = self.shares.get(item.device()).copied().unwrap_or(0);
+        if self.items.len() >= limits::INGEST_QUEUE || share >= limits::INGEST_SHARE {
             return Err(Full);
         }
         let number = self.taken + self.items.len() as u64;
         self.newest.insert(item.device().clone(), number);
+        self.shares.insert(item.device().clone(), share + 1);
         self.items.push_back(item);
         Ok(())
     }
@@ -283,12 +296,7 @@ mod tests {
     #[test]
     fn after_a_refusal_nothing_later_is_taken_until_the_refused_report_came_again() {
         let (queue, ack) = (Queue::default(), sink());
-        let other = sink();
-        for seq in 0..limits::INGEST_QUEUE as u64 {
-            queue
-                .submit(report("other", seq, Phase::Installing), &other)
-                .unwrap();
-        }
+        fill(&queue);
         assert_eq!(queue.submit(report("a", 7, Phase::Failed), &ack), Err(Full));
         queue.take(100);
         assert_eq!(
@@ -317,18 +325,28 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_reports_never_grows_the_queue_past_its_bound() {
+    fn a_flood_of_reports_never_grows_the_queue_past_its_bound_nor_a_device_past_its_share() {
         let (queue, ack) = (Queue::default(), sink());
-        let taken = (0..limits::INGEST_QUEUE as u64 + 500)
-            .filter(|seq| {
-                queue
-                    .submit(report("a", *seq, Phase::Installing), &ack)
-                    .is_ok()
-            })
-            .count();
-        assert_eq!(
-            (taken, queue.len()),
-            (limits::INGEST_QUEUE, limits::INGEST_QUEUE)
-        );
+        let flood = |seq: &u64| {
+            let report = report("a", *seq, Phase::Installing);
+            queue.submit(report, &ack).is_ok()
+        };
+        assert_eq!((0..1_000).filter(flood).count(), limits::INGEST_SHARE);
+        fill(&queue);
+        assert_eq!(queue.len(), limits::INGEST_QUEUE);
+        queue.take(limits::INGEST_QUEUE);
+        assert!(queue.state().shares.is_empty());
+    }
+
+    /// Reports of many devices, until there is no place for one more.
+    fn fill(queue: &Queue) {
+        let ack = sink();
+        for device in (0..).take_while(|_| queue.len() < limits::INGEST_QUEUE) {
+            let device = format!("other-{device}");
+            for seq in 0..limits::INGEST_SHARE as u64 {
+                // Full at the last.
+                let _ = queue.submit(report(&device, seq, Phase::Installing), &ack);
+            }
+        }
     }
 }

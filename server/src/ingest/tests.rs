@@ -367,7 +367,8 @@ async fn insert_devices(bench: &Bench, names: &[String]) {
         SELECT x.device_id, 'gateway', 'board-a', 2, 'stable', 0 FROM {rows} AS x";
     for page in names.chunks(limits::COMMIT_ROWS) {
         let mut tx = bench.db.begin().await.unwrap();
-        let rows = crate::db::engine::Rows::column(&["device_id"], page);
+        let rows =
+            crate::db::engine::Rows::texts(&[crate::db::engine::Column::Text("device_id")], page);
         tx.execute_for("insert devices", INSERT, rows, vec![])
             .await
             .unwrap();

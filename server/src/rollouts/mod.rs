@@ -14,8 +14,8 @@ pub use view::{RolloutView, devices, get, list, updates_of};
 pub use crate::db::rollout_devices::RolloutDeviceRow;
 use crate::{
     db::{
-        Db, DbError, NewEvent,
-        engine::On,
+        Db, DbError, NewEvent, ReleaseRow,
+        engine::{On, Tx},
         insert_events,
         rollouts::{self, NewRollout, RolloutRow},
     },
@@ -137,20 +137,7 @@ async fn begin(
         )));
     }
     if ids.is_none() {
-        let open = rollouts::joinable(db, &mut On::Tx(&mut tx), &release.product).await?;
-        let pointless = |older: &crate::db::ReleaseRow| {
-            older.channel == release.channel
-                && older.hw.iter().all(|range| release.hw.contains(range))
-                && release.from_min.is_none()
-                && release.from_max.is_none()
-                && release.min_agent.is_none()
-        };
-        let older: Vec<RolloutId> = open
-            .iter()
-            .filter(|rollout| pointless(&rollout.release))
-            .map(|rollout| rollout.rollout_id)
-            .collect();
-        rollouts::close_to_newcomers(&mut tx, &older).await?;
+        close_older(db, &mut tx, &release).await?;
     }
     let row = NewRollout {
         rollout_id: new.rollout_id,
@@ -181,6 +168,19 @@ async fn begin(
     .await?;
     tx.commit().await?;
     Ok(true)
+}
+
+/// Closes older rollouts to newcomers whom a rollout of `release` to all serves just as well: same channel, no more hardware, and
+/// nothing that it requires of them first.
+async fn close_older(db: &Db, tx: &mut Tx, release: &ReleaseRow) -> Result<(), RolloutError> {
+    if release.from_min.is_some() || release.from_max.is_some() || release.min_agent.is_some() {
+        return Ok(());
+    }
+    let open = rollouts::joinable(db, &mut On::Tx(tx), &release.product, &release.channel).await?;
+    let served = |older: &ReleaseRow| older.hw.iter().all(|range| release.hw.contains(range));
+    let older = open.iter().filter(|rollout| served(&rollout.release));
+    let older: Vec<RolloutId> = older.map(|rollout| rollout.rollout_id).collect();
+    Ok(rollouts::close_to_newcomers(tx, &older).await?)
 }
 
 /// Ends a rollout: devices that cannot have begun their trial give up, and are told before this returns or soon after; the

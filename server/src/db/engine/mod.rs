@@ -24,7 +24,7 @@ use sqlx::{
 
 pub(crate) use row::Row;
 pub(crate) use tx::Tx;
-pub(crate) use value::{Param, Rows, params};
+pub(crate) use value::{Column, Param, Rows, params};
 
 use super::{DbError, clock::Clock};
 use crate::limits;

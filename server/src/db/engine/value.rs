@@ -81,16 +81,31 @@ pub(crate) fn to_i64(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
+/// A column of [`Rows`]: its name, and its type for engines that ask for one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Column {
+    Int(&'static str),
+    Text(&'static str),
+}
+
+impl Column {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Int(name) | Self::Text(name) => name,
+        }
+    }
+}
+
 /// Rows that one statement works on, as a JSON list of lists.
 #[derive(Debug)]
 pub(crate) struct Rows {
-    columns: &'static [&'static str],
+    columns: &'static [Column],
     values: Vec<serde_json::Value>,
 }
 
 impl Rows {
-    /// No rows yet, of these columns: integers, texts or nulls.
-    pub(crate) fn of(columns: &'static [&'static str]) -> Self {
+    /// No rows yet, of these columns. Any value may be null.
+    pub(crate) fn of(columns: &'static [Column]) -> Self {
         Self {
             columns,
             values: Vec::new(),
@@ -103,15 +118,13 @@ impl Rows {
         self.values.push(row);
     }
 
-    /// Rows of one column.
-    pub(crate) fn column(
-        column: &'static [&'static str; 1],
+    /// Rows of one text column.
+    pub(crate) fn texts(
+        column: &'static [Column; 1],
         values: impl IntoIterator<Item = impl ToString>,
     ) -> Self {
-        let values = values
-            .into_iter()
-            .map(|value| serde_json::json!([value.to_string()]))
-            .collect();
+        let row = |value: &dyn ToString| serde_json::json!([value.to_string()]);
+        let values = values.into_iter().map(|value| row(&value)).collect();
         Self {
             columns: column,
             values,
@@ -132,7 +145,7 @@ impl Rows {
             .columns
             .iter()
             .enumerate()
-            .map(|(i, name)| format!("value ->> {i} AS {name}"))
+            .map(|(i, column)| format!("value ->> {i} AS {}", column.name()))
             .collect();
         sql.replace(
             "{rows}",

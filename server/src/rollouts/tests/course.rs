@@ -305,3 +305,22 @@ async fn a_rejection_keeps_its_reason_and_a_deferral_too() {
     assert_eq!(bench.error_code(&rollout, "b").await, "");
     assert_eq!(bench.event_kinds("a").await[0], "REJECTED");
 }
+
+#[tokio::test]
+async fn a_generation_beyond_any_backup_lifts_nothing_and_is_noted_once() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    bench.roll_out("1.1.0").await;
+    let mut lies = facts("1.0.0");
+    lies.observed_generation = limits::NUMBER;
+    for _ in 0..3 {
+        bench.register("a", lies.clone()).await;
+    }
+    assert_eq!(bench.generation("a").await, 1);
+    assert_eq!(bench.event_kinds("a").await, ["GENERATION_ABSURD", "ADDED"]);
+    let desired = bench.register("a", facts("1.0.0")).await;
+    assert_eq!(
+        (desired.action, desired.generation),
+        (DesiredAction::Install, 1)
+    );
+}
