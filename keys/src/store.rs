@@ -165,7 +165,7 @@ impl TrustStore {
         if list.list_version() <= self.revocation_version(&list.product) {
             return false;
         }
-        self.clock.raise(list.issued);
+        self.raise_clock(list.issued);
         self.revocations.insert(list.product.clone(), list);
         true
     }
@@ -177,8 +177,16 @@ impl TrustStore {
         envelope: &[u8],
     ) -> Result<Verified<Release>, TrustError> {
         let release = self.root().verify_release(product, envelope)?;
-        self.clock.raise(release.issued);
+        self.raise_clock(release.issued);
         Ok(release)
+    }
+
+    /// Nothing under a root is from after the root's end: a document that says so came from a wrong clock, and believing
+    /// it would leave the device with nothing but expired documents and certificates.
+    fn raise_clock(&mut self, issued: Timestamp) {
+        if issued < self.root().expires {
+            self.clock.raise(issued);
+        }
     }
 
     /// The time to judge by: see [`TrustedClock::judge`].

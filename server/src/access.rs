@@ -23,7 +23,7 @@ pub enum Refused {
     Unknown(DeviceId),
     #[error("device {0} is blocked")]
     Blocked(DeviceId),
-    #[error("device {0} has a newer certificate than this one")]
+    #[error("this is not the newest certificate of device {0}")]
     OldCertificate(DeviceId),
     #[error("the device database does not answer")]
     Database(#[source] DbError),
@@ -99,7 +99,8 @@ impl Access {
             return Err(Refused::Blocked(device.clone()));
         }
         let fingerprint = hex::encode(peer.fingerprint);
-        if record.cert_fingerprint.is_some_and(|newest| newest != fingerprint) {
+        // A record without a certificate admits none: one given out under this id before was for another record.
+        if record.cert_fingerprint.is_none_or(|newest| newest != fingerprint) {
             return Err(Refused::OldCertificate(device.clone()));
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -19,7 +19,7 @@ use std::{
 use arc_swap::ArcSwap;
 use axum::Router;
 use fwpush_keys::{
-    DeviceId, Role,
+    DeviceId, Role, Timestamp,
     tls::{self, Peer},
 };
 use hyper::server::conn::http2;
@@ -76,7 +76,7 @@ pub struct Listener {
 /// Why a connection ended before it served anything.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
-    #[error("the peer sent nothing for {} s", limits::HANDSHAKE_TIME.as_secs())]
+    #[error("the peer sent nothing")]
     Silent,
     #[error("the handshake took more than {} s", limits::HANDSHAKE_TIME.as_secs())]
     Slow,
@@ -132,10 +132,11 @@ pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
             metrics::counter!(m::HANDSHAKE_FAILURES, "reason" => "full").increment(1);
             continue;
         };
+        let patience = patience(connections.available_permits(), listener.connections);
         let (listener, stop, handshakes) = (listener.clone(), stop.clone(), handshakes.clone());
         tasks.spawn(async move {
             let _place = place;
-            if let Err(refused) = connection(tcp, address, &listener, &handshakes, &stop).await {
+            if let Err(refused) = connection(tcp, address, &listener, &handshakes, &stop, patience).await {
                 metrics::counter!(m::HANDSHAKE_FAILURES, "reason" => refused.label()).increment(1);
                 tracing::info!(listener = listener.name, peer = %address, reason = %refused, "A connection was refused.");
             }
@@ -146,17 +147,34 @@ pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
     tasks.wait().await;
 }
 
+/// How long a new connection may be silent: the less places are free, the shorter. An honest ClientHello comes within one
+/// round trip.
+fn patience(free: usize, all: usize) -> Duration {
+    let share = free as f64 / all.max(1) as f64;
+    limits::HANDSHAKE_TIME.mul_f64(share).max(limits::LEAST_PATIENCE)
+}
+
+/// What one peer's bounds are counted by: its IPv4 address, or its IPv6 network of 64 bits, in which a single host can have
+/// any number of addresses.
+fn site(ip: IpAddr) -> IpAddr {
+    match ip.to_canonical() {
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
 async fn connection(
     tcp: TcpStream,
     address: SocketAddr,
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     stop: &Stop,
+    patience: Duration,
 ) -> Result<(), Refused> {
-    let waiting = handshakes.enter(address.ip())?;
+    let waiting = handshakes.enter(site(address.ip()))?;
     let io = tokio::select! {
         () = stop.accept.cancelled() => return Err(Refused::Stopping),
-        io = handshake(tcp, listener, handshakes, waiting) => io?,
+        io = handshake(tcp, listener, handshakes, waiting, patience) => io?,
     };
     metrics::counter!(m::HANDSHAKES, "listener" => listener.name).increment(1);
     if io.get_ref().1.alpn_protocol() != Some(b"h2") {
@@ -191,15 +209,17 @@ async fn handshake(
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     waiting: Waiting,
+    patience: Duration,
 ) -> Result<TlsStream<TcpStream>, Refused> {
     let _ = tcp.set_nodelay(true);
-    match timeout(limits::HANDSHAKE_TIME, tcp.peek(&mut [0])).await {
+    match timeout(patience, tcp.peek(&mut [0])).await {
         Ok(Ok(1..)) => {}
         Ok(Ok(0)) => return Err(Refused::Tls("the peer closed the connection".to_owned())),
         Ok(Err(error)) => return Err(Refused::Tls(error.to_string())),
         Err(_) => return Err(Refused::Silent),
     }
-    let places = handshakes.places(&waiting).await.ok_or(Refused::Stopping)?;
+    let places = timeout(limits::HANDSHAKE_TIME, handshakes.places(&waiting)).await;
+    let places = places.map_err(|_| Refused::Slow)?.ok_or(Refused::Stopping)?;
     let acceptor = TlsAcceptor::from(listener.tls.load_full());
     let accepted = timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp).into_fallible()).await;
     drop(places);
@@ -263,6 +283,7 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
         .initial_connection_window_size(if devices { 256 << 10 } else { 8 << 20 });
     let hang_up = caller.hang_up.clone();
     let address = caller.address;
+    let mut certificate_ends = pin!(tokio::time::sleep(caller.peer.not_after.since(Timestamp::now())));
     let asked = Arc::new(AtomicBool::new(false));
     let note = asked.clone();
     let app = listener.app.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
@@ -289,6 +310,10 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
                     tracing::info!(peer = %address, "A connection was closed: nothing was asked on it.");
                     break;
                 }
+            }
+            () = certificate_ends.as_mut() => {
+                tracing::info!(peer = %address, "A connection was closed: its certificate has expired.");
+                break;
             }
             () = hang_up.cancelled() => break,
             () = stop.kill.cancelled() => break,
@@ -366,4 +391,25 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address)
         .await
         .map_err(|error| io::Error::new(error.kind(), format!("listen on {address}: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_addresses_of_one_host_count_as_one() {
+        let site = |text: &str| site(text.parse().unwrap());
+        assert_eq!(site("2001:db8::1"), site("2001:db8::ffff:1"));
+        assert_ne!(site("2001:db8::1"), site("2001:db8:0:1::1"));
+        assert_eq!(site("::ffff:192.0.2.1"), site("192.0.2.1"));
+        assert_ne!(site("192.0.2.1"), site("192.0.2.2"));
+    }
+
+    #[test]
+    fn silence_is_borne_for_a_shorter_time_the_fewer_places_are_free() {
+        assert_eq!(patience(100, 100), limits::HANDSHAKE_TIME);
+        assert!(patience(50, 100) < limits::HANDSHAKE_TIME);
+        assert_eq!(patience(0, 100), limits::LEAST_PATIENCE);
+    }
 }

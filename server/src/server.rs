@@ -268,6 +268,8 @@ fn devices_app(context: Context, downloads: Downloads) -> Router {
         .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES)
         .max_encoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
     let (_, health) = tonic_health::server::health_reporter();
+    // Its own bound would be 4 MiB for each of a connection's streams.
+    let health = health.max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES);
     Routes::new(push).add_service(health).prepare().into_axum_router().merge(downloads.router())
 }
 

@@ -1,7 +1,7 @@
 //! The devices connected to this node: one session each, newest wins.
 //!
 //! A session owns a latest-wins slot for what the device should run and a short queue for everything else, so that a slow
-//! reader never grows anything. The stream itself is served by `api::push`; this is its address book.
+//! reader never grows anything. The stream itself is served by [`crate::stream`]; this is its address book.
 
 use std::{
     collections::{HashMap, HashSet},

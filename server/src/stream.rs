@@ -108,6 +108,8 @@ async fn serve(
         root_version: hello.root_version,
         revocation: hello.revocation,
         sent_generation: 0,
+        sent_at: Instant::now(),
+        trust_refused: None,
         heard: Instant::now(),
         budget: Budget::new(),
     };
@@ -148,6 +150,9 @@ struct Stream<'a> {
     root_version: u64,
     revocation: RevocationVersion,
     sent_generation: u64,
+    sent_at: Instant,
+    /// The last refusal of a trust document that was noted, so that a repetition costs nothing.
+    trust_refused: Option<String>,
     heard: Instant,
     budget: Budget,
 }
@@ -190,7 +195,7 @@ impl Stream<'_> {
                 Some(message) = self.session.control.recv() => self.send_message(message).await?,
                 Ok(()) = self.session.desired.changed() => {
                     let desired = self.session.desired.borrow_and_update().clone();
-                    if let Some(desired) = desired.filter(|desired| desired.generation > self.sent_generation) {
+                    if let Some(desired) = desired.filter(|desired| self.is_news(desired)) {
                         self.send_notice(&desired).await?;
                     }
                 }
@@ -215,6 +220,12 @@ impl Stream<'_> {
         }
     }
 
+    /// A newer generation; or the same after so long without an answer that the engine counts the device as not told.
+    fn is_news(&self, desired: &Desired) -> bool {
+        let unanswered = self.sent_at.elapsed() >= limits::TIMEOUTS.reply / 2;
+        desired.generation > self.sent_generation || (desired.generation == self.sent_generation && unanswered)
+    }
+
     async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
         if !self.budget.take() {
             let words = format!("more than {} messages a second", limits::MESSAGES_PER_SECOND);
@@ -230,9 +241,8 @@ impl Stream<'_> {
             FromDevice::TrustState(state) => {
                 if let Some(error) = &state.error {
                     let words = format!("{}: {}", wire::cut(&error.code), wire::cut(&error.message));
-                    tracing::warn!(error = words, "A device refused a trust document.");
-                    let event = self.context.db.event(Some(self.device), "TRUST_REFUSED", &words, self.device.as_str());
-                    return event.await.map_err(|error| wire::db(error).into());
+                    self.note_refused_trust(words).await;
+                    return Ok(());
                 }
                 let progress = state.root_version > self.root_version;
                 self.root_version = state.root_version;
@@ -244,6 +254,19 @@ impl Stream<'_> {
             FromDevice::FileAck(ack) => self.report(wire::file_ack(ack)?),
             FromDevice::Report(report) => self.report(wire::report(report)?),
         }
+    }
+
+    /// One event for each new reason in a stream; a database that is slow costs the event and not the stream.
+    async fn note_refused_trust(&mut self, words: String) {
+        if self.trust_refused.as_ref() == Some(&words) {
+            return;
+        }
+        tracing::warn!(error = words, "A device refused a trust document.");
+        let event = self.context.db.event(Some(self.device), "TRUST_REFUSED", &words, self.device.as_str());
+        if let Err(error) = event.await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "An event was not kept.");
+        }
+        self.trust_refused = Some(words);
     }
 
     /// A report over the bound is dropped unacknowledged: the device sends it again.
@@ -289,7 +312,7 @@ impl Stream<'_> {
     async fn send_notice(&mut self, desired: &Desired) -> Result<(), End> {
         let notice: FileNotice = desired::notice(desired, uuid::Uuid::new_v4().simple().to_string());
         self.send(ToDevice::FileNotice(notice)).await?;
-        self.sent_generation = desired.generation;
+        (self.sent_generation, self.sent_at) = (desired.generation, Instant::now());
         metrics::counter!(m::NOTICES, "action" => desired.action.as_str()).increment(1);
         if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) = (desired.action, desired.rollout_id) {
             tracing::info!(rollout.id = %rollout, generation = desired.generation, "A notice was sent.");

@@ -89,6 +89,9 @@ struct Documents {
     revocations: HashMap<Product, Verified<Revocation>>,
 }
 
+/// Devices at the present root would refuse such a list; those that hold it are still bound by it.
+const UNBELIEVED: &str = "A revocation list is not signed by the present root's keys; sign and publish it again.";
+
 /// The one field looked at before a signature is checked: it selects the keys, and `Verified` requires that it agrees.
 #[derive(Deserialize)]
 struct ProductOnly {
@@ -156,7 +159,7 @@ impl TrustDocs {
             .revocations
             .get(product)
             .filter(|list| reaches_head && list.order() > (held.root_version, held.version))
-            .map(|list| Bytes::copy_from_slice(list.envelope()));
+            .map(|list| Bytes::from_owner(list.envelope_arc()));
         if roots.is_empty() && revocation.is_none() {
             return None;
         }
@@ -167,7 +170,11 @@ impl TrustDocs {
     /// that a crash between a list's commit and this is made good.
     pub async fn apply_revocation(&self, product: &Product, actor: &str) -> Result<(), DbError> {
         let Some(list) = self.revocation(product) else { return Ok(()) };
-        let revoked: Vec<ReleaseId> = list.revoked.iter().map(|revoked| revoked.release_id).collect();
+        let mut revoked: Vec<ReleaseId> = list.revoked.iter().map(|revoked| revoked.release_id).collect();
+        // A release below the list's counter is refused by every device that holds the list: as good as named in it.
+        let releases = self.inner.db.list_releases(Some(product)).await?;
+        let below = releases.iter().filter(|release| release.security_counter < list.min_security_counter);
+        revoked.extend(below.map(|release| release.release_id));
         self.inner.db.set_revoked(product, &revoked, actor).await
     }
 
@@ -181,24 +188,23 @@ impl TrustDocs {
             PayloadType::Root => documents.take_root(envelope)?,
             PayloadType::Revocation => documents.take_revocation(envelope, parsed.payload())?,
         };
-        match &published {
+        let (kind, product, (root_version, version), event) = match &published {
             Published::Same => return Ok(published),
             Published::Root => {
                 let version = documents.head.version;
-                self.inner.db.add_trust_document(TrustKind::Root, "", version, version, envelope).await?;
-                self.inner.db.audit("ROOT_PUBLISHED", &format!("version {version}"), operator).await?;
+                (TrustKind::Root, "", (version, version), "ROOT_PUBLISHED")
             }
             Published::Revocation(product) => {
-                let list = &documents.revocations[product];
-                let (root_version, version) = list.order();
-                let name = product.as_str();
-                self.inner.db.add_trust_document(TrustKind::Revocation, name, root_version, version, envelope).await?;
-                let words = format!("{product}: version {version}, {} releases", list.revoked.len());
-                self.inner.db.audit("REVOCATION_PUBLISHED", &words, operator).await?;
+                let order = documents.revocations[product].order();
+                (TrustKind::Revocation, product.as_str(), order, "REVOCATION_PUBLISHED")
             }
-        }
+        };
+        self.inner.db.add_trust_document(kind, product, root_version, version, envelope).await?;
+        // Before anything else that can fail: what is committed is what is handed out.
         *self.inner.documents.write().unwrap_or_else(PoisonError::into_inner) = documents;
         self.inner.changed.send_modify(|count| *count += 1);
+        let words = format!("{product} version {version} under root {root_version}");
+        self.inner.db.audit(event, words.trim_start(), operator).await?;
         Ok(published)
     }
 }
@@ -215,6 +221,14 @@ impl Documents {
             return Ok(Published::Same);
         }
         self.advance(envelope)?;
+        let head = &self.head;
+        self.revocations.retain(|product, list| {
+            let believed = head.verify_revocation(product, list.envelope()).is_ok();
+            if !believed {
+                tracing::warn!(%product, "{UNBELIEVED}");
+            }
+            believed
+        });
         Ok(Published::Root)
     }
 
@@ -248,10 +262,7 @@ impl Documents {
                     self.revocations.insert(product, list);
                 }
             }
-            Err(error) => tracing::warn!(
-                %product, %error,
-                "A revocation list is not signed by the present root's keys; sign and publish it again."
-            ),
+            Err(error) => tracing::warn!(%product, %error, "{UNBELIEVED}"),
         }
         Ok(())
     }

@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
 
 use crate::{
     api::authorize, backup, db::Db, devices::Devices, files::FileStore, limits, metrics as m,
@@ -70,10 +71,16 @@ impl Admin {
 }
 
 /// Calls `work(self, operator, request)` for an authorised operator.
+///
+/// What was begun is finished, also when the operator leaves: a commit and what follows from it belong together.
 macro_rules! call {
     ($self:ident, $request:ident, $method:literal, $work:path) => {{
         let (operator, request) = $self.enter($method, $request)?;
-        $work($self, &operator, request).await.map(Response::new)
+        let admin = $self.clone();
+        let work = async move { $work(&admin, &operator, request).await };
+        let done = tokio::spawn(work.in_current_span()).await;
+        let failed = |_| Status::internal("the call failed; the server's log says why");
+        done.map_err(failed)?.map(Response::new)
     }};
 }
 

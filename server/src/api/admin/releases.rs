@@ -58,7 +58,13 @@ pub async fn publish_trust(
     request: v1::PublishTrustRequest,
 ) -> Result<v1::TrustInfo, Status> {
     let published = admin.trust.publish(&request.envelope, operator.as_str()).await.map_err(trust_refused)?;
-    if let Published::Revocation(product) = published {
+    let lists = match published {
+        Published::Root => Vec::new(),
+        Published::Revocation(product) => vec![product],
+        // The call before this one may have been cut between the list's commit and what follows from it.
+        Published::Same => admin.trust.revocations().iter().map(|list| list.product.clone()).collect(),
+    };
+    for product in lists {
         admin.trust.apply_revocation(&product, operator.as_str()).await.map_err(map::db)?;
     }
     Ok(views::trust(&admin.trust))
