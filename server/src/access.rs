@@ -47,8 +47,14 @@ struct State {
 
 impl Access {
     pub fn new(db: Db, blocked: impl IntoIterator<Item = DeviceId>) -> Self {
-        let state = State { blocked: blocked.into_iter().collect(), ..State::default() };
-        Self { db, state: Arc::new(Mutex::new(state)) }
+        let state = State {
+            blocked: blocked.into_iter().collect(),
+            ..State::default()
+        };
+        Self {
+            db,
+            state: Arc::new(Mutex::new(state)),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -59,7 +65,11 @@ impl Access {
     pub fn bar(&self) -> Bar {
         let access = self.clone();
         Bar::new(move |identity| {
-            let device = identity.id.parse::<DeviceId>().ok().filter(|_| identity.role == Role::Device);
+            let device = identity
+                .id
+                .parse::<DeviceId>()
+                .ok()
+                .filter(|_| identity.role == Role::Device);
             let blocked = device.filter(|device| access.is_blocked(device));
             if let Some(device) = &blocked {
                 tracing::info!(device.id = %device, "A blocked device is refused in its handshake.");
@@ -80,7 +90,11 @@ impl Access {
         {
             oldest.cancel();
         }
-        Entered { access: self.clone(), device: device.clone(), number }
+        Entered {
+            access: self.clone(),
+            device: device.clone(),
+            number,
+        }
     }
 
     /// True for a device that is known to be blocked, without asking the database.
@@ -100,7 +114,10 @@ impl Access {
         }
         let fingerprint = hex::encode(peer.fingerprint);
         // A record without a certificate admits none: one given out under this id before was for another record.
-        if record.cert_fingerprint.is_none_or(|newest| newest != fingerprint) {
+        if record
+            .cert_fingerprint
+            .is_none_or(|newest| newest != fingerprint)
+        {
             return Err(Refused::OldCertificate(device.clone()));
         }
         Ok(())

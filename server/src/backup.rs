@@ -43,7 +43,9 @@ pub async fn run(
     scratch: &Path,
     out: mpsc::Sender<Bytes>,
 ) -> Result<(), BackupError> {
-    let dir = tempfile::Builder::new().prefix("backup-").tempdir_in(scratch)?;
+    let dir = tempfile::Builder::new()
+        .prefix("backup-")
+        .tempdir_in(scratch)?;
     let copy = dir.path().join("fwpush.db");
     db.vacuum_into(&copy).await?;
     // Listed after the copy: files are never changed, so all that the copy names are among them.
@@ -68,9 +70,16 @@ fn pack(
         let name = id.to_string();
         let shard = Path::new("files").join(&name[..2]);
         add(shard.join(&name), &store.path(&id))?;
-        add(shard.join(format!("{name}.outline")), &store.outline_path(&id))?;
+        add(
+            shard.join(format!("{name}.outline")),
+            &store.outline_path(&id),
+        )?;
     }
-    archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error)?.flush()
+    archive
+        .into_inner()?
+        .into_inner()
+        .map_err(io::IntoInnerError::into_error)?
+        .flush()
 }
 
 /// Hands what is written on to an async receiver.
@@ -79,7 +88,9 @@ struct Pieces(mpsc::Sender<Bytes>);
 impl Write for Pieces {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let gone = |_| io::Error::new(io::ErrorKind::BrokenPipe, "the operator left");
-        self.0.blocking_send(Bytes::copy_from_slice(bytes)).map_err(gone)?;
+        self.0
+            .blocking_send(Bytes::copy_from_slice(bytes))
+            .map_err(gone)?;
         Ok(bytes.len())
     }
 

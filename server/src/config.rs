@@ -17,9 +17,16 @@ pub enum ConfigError {
     #[error("read the configuration {}", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("{}: {source}", path.display())]
-    Parse { path: PathBuf, source: Box<toml::de::Error> },
+    Parse {
+        path: PathBuf,
+        source: Box<toml::de::Error>,
+    },
     #[error("{}: `{key}` {problem}", path.display())]
-    Value { path: PathBuf, key: &'static str, problem: String },
+    Value {
+        path: PathBuf,
+        key: &'static str,
+        problem: String,
+    },
 }
 
 /// The server's configuration, with every relative path resolved against the file's directory.
@@ -93,7 +100,9 @@ pub struct Trust {
 
 impl Default for Trust {
     fn default() -> Self {
-        Self { dir: "trust".into() }
+        Self {
+            dir: "trust".into(),
+        }
     }
 }
 
@@ -106,7 +115,9 @@ pub struct Database {
 
 impl Default for Database {
     fn default() -> Self {
-        Self { url: "sqlite:data/fwpush.db".into() }
+        Self {
+            url: "sqlite:data/fwpush.db".into(),
+        }
     }
 }
 
@@ -119,7 +130,9 @@ pub struct Files {
 
 impl Default for Files {
     fn default() -> Self {
-        Self { url: "file:data/files".into() }
+        Self {
+            url: "file:data/files".into(),
+        }
     }
 }
 
@@ -154,8 +167,10 @@ impl Default for Tunables {
 impl Config {
     /// Reads `fwpush.toml`.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         Self::parse(&text, path)
     }
 
@@ -165,8 +180,10 @@ impl Config {
     }
 
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
-        let mut config: Self = toml::from_str(text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
         config.path = path.to_owned();
         let base = path.parent().unwrap_or(Path::new("")).to_owned();
         let pki = &mut config.pki;
@@ -194,16 +211,36 @@ impl Config {
         };
         let limits = &self.limits;
         between("limits.connections", limits.connections as u64, 1, 100_000)?;
-        between("limits.handshakes_per_address", limits.handshakes_per_address as u64, 1, 65_536)?;
+        between(
+            "limits.handshakes_per_address",
+            limits.handshakes_per_address as u64,
+            1,
+            65_536,
+        )?;
         between("limits.downloads", limits.downloads as u64, 1, 100_000)?;
-        between("limits.heartbeat_interval_s", limits.heartbeat_interval_s, 5, 3_600)?;
-        between("limits.reconnect_spread_s", limits.reconnect_spread_s, 0, 3_600)?;
+        between(
+            "limits.heartbeat_interval_s",
+            limits.heartbeat_interval_s,
+            5,
+            3_600,
+        )?;
+        between(
+            "limits.reconnect_spread_s",
+            limits.reconnect_spread_s,
+            0,
+            3_600,
+        )?;
         self.files_dir()?;
         if !self.database.url.starts_with("sqlite:") {
             let problem = "must begin with `sqlite:` followed by a path".to_owned();
             return Err(self.problem("database.url", problem));
         }
-        if self.listen.advertise.iter().any(|name| !name.contains(':') || name.contains(char::is_whitespace)) {
+        if self
+            .listen
+            .advertise
+            .iter()
+            .any(|name| !name.contains(':') || name.contains(char::is_whitespace))
+        {
             return Err(self.problem("listen.advertise", "must list `host:port` names".to_owned()));
         }
         Ok(())
@@ -213,7 +250,10 @@ impl Config {
     pub fn files_dir(&self) -> Result<PathBuf, ConfigError> {
         match self.files.url.strip_prefix("file:") {
             Some(path) if !path.is_empty() => Ok(self.base().join(path)),
-            _ => Err(self.problem("files.url", "must begin with `file:` followed by a directory".to_owned())),
+            _ => Err(self.problem(
+                "files.url",
+                "must begin with `file:` followed by a directory".to_owned(),
+            )),
         }
     }
 
@@ -223,7 +263,11 @@ impl Config {
     }
 
     fn problem(&self, key: &'static str, problem: String) -> ConfigError {
-        ConfigError::Value { path: self.path.clone(), key, problem }
+        ConfigError::Value {
+            path: self.path.clone(),
+            key,
+            problem,
+        }
     }
 }
 
@@ -241,15 +285,24 @@ mod tests {
     fn defaults_are_found_beside_the_file() {
         let config = parse(LEAST).unwrap();
         assert_eq!(config.pki.key, Path::new("/etc/fwpush/pki/node.key"));
-        assert_eq!(config.files_dir().unwrap(), Path::new("/etc/fwpush/data/files"));
+        assert_eq!(
+            config.files_dir().unwrap(),
+            Path::new("/etc/fwpush/data/files")
+        );
     }
 
     #[test]
     fn a_wrong_value_is_named_with_its_range() {
         let error = parse(&format!("{LEAST}[limits]\nheartbeat_interval_s = 1\n")).unwrap_err();
-        assert!(error.to_string().contains("limits.heartbeat_interval_s"), "{error}");
+        assert!(
+            error.to_string().contains("limits.heartbeat_interval_s"),
+            "{error}"
+        );
         assert!(error.to_string().contains("from 5 to 3600"), "{error}");
-        assert!(parse(&format!("{LEAST}[limits]\nheartbeats = 1\n")).is_err(), "a typing error is not ignored");
+        assert!(
+            parse(&format!("{LEAST}[limits]\nheartbeats = 1\n")).is_err(),
+            "a typing error is not ignored"
+        );
         assert!(parse(&format!("{LEAST}[files]\nurl = \"ftp://x\"\n")).is_err());
     }
 }

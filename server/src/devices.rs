@@ -26,11 +26,16 @@ pub enum DeviceError {
     NotFound(DeviceId),
     #[error("device {0} exists with another product, hardware or channel; remove it first")]
     Conflict(DeviceId),
-    #[error("product {0} is not in the trust root; add it with `fwpush keys rotate-root --add-product`")]
+    #[error(
+        "product {0} is not in the trust root; add it with `fwpush keys rotate-root --add-product`"
+    )]
     UnknownProduct(Product),
     #[error("a certificate lives for 1 to {} days", limits::CERTIFICATE_DAYS_MAX)]
     Days,
-    #[error("a device hears of at most {} others, each a device id or `*`", limits::HEARS)]
+    #[error(
+        "a device hears of at most {} others, each a device id or `*`",
+        limits::HEARS
+    )]
     Hears,
     #[error(transparent)]
     Certificate(#[from] PkiError),
@@ -72,14 +77,32 @@ struct Inner {
 }
 
 impl Devices {
-    pub fn new(db: Db, access: Access, sessions: Sessions, ca: Ca, trust_domain: TrustDomain) -> Self {
-        Self { inner: Arc::new(Inner { db, access, sessions, ca, trust_domain }) }
+    pub fn new(
+        db: Db,
+        access: Access,
+        sessions: Sessions,
+        ca: Ca,
+        trust_domain: TrustDomain,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                db,
+                access,
+                sessions,
+                ca,
+                trust_domain,
+            }),
+        }
     }
 
     /// Makes the record and, from the CSR's key, a certificate (PEM); a certificate given earlier is refused from then on.
     ///
     /// The same record again only renews the certificate.
-    pub async fn add(&self, request: Request, operator: &str) -> Result<(DeviceRecord, Option<String>), DeviceError> {
+    pub async fn add(
+        &self,
+        request: Request,
+        operator: &str,
+    ) -> Result<(DeviceRecord, Option<String>), DeviceError> {
         let inner = &self.inner;
         let device = request.device.clone();
         let certificate = match &request.csr {
@@ -97,7 +120,10 @@ impl Devices {
             return Err(DeviceError::Conflict(device));
         }
         if let Some((_, fingerprint)) = &certificate {
-            inner.db.set_cert_fingerprint(&device, Some(fingerprint)).await?;
+            inner
+                .db
+                .set_cert_fingerprint(&device, Some(fingerprint))
+                .await?;
             // Connections under the certificate before this one end here.
             inner.access.hang_up(&device);
         }
@@ -105,13 +131,25 @@ impl Devices {
         Ok((record, certificate.map(|(pem, _)| pem)))
     }
 
-    fn issue(&self, device: &DeviceId, csr: &str, days: u32) -> Result<(String, String), DeviceError> {
-        let days = if days == 0 { limits::CERTIFICATE_DAYS_DEFAULT } else { days };
+    fn issue(
+        &self,
+        device: &DeviceId,
+        csr: &str,
+        days: u32,
+    ) -> Result<(String, String), DeviceError> {
+        let days = if days == 0 {
+            limits::CERTIFICATE_DAYS_DEFAULT
+        } else {
+            days
+        };
         if days > limits::CERTIFICATE_DAYS_MAX {
             return Err(DeviceError::Days);
         }
         let identity = Identity::device(&self.inner.trust_domain, device);
-        let pem = self.inner.ca.issue_for_csr(csr, &identity, &[], self.inner.db.now(), days)?;
+        let pem = self
+            .inner
+            .ca
+            .issue_for_csr(csr, &identity, &[], self.inner.db.now(), days)?;
         let peer = tls::peer_of(&tls::certificates_from_pem(&pem)?)?;
         Ok((pem, hex::encode(peer.fingerprint)))
     }
@@ -124,18 +162,33 @@ impl Devices {
 
     /// Commits the block first, then ends what is live: a device that comes back in between finds itself blocked. When this
     /// returns, nothing of the device is served any more.
-    pub async fn block(&self, device: &DeviceId, reason: &str, operator: &str) -> Result<DeviceRecord, DeviceError> {
+    pub async fn block(
+        &self,
+        device: &DeviceId,
+        reason: &str,
+        operator: &str,
+    ) -> Result<DeviceRecord, DeviceError> {
         self.get(device).await?;
-        self.inner.db.set_blocked(device, true, reason, operator).await?;
+        self.inner
+            .db
+            .set_blocked(device, true, reason, operator)
+            .await?;
         self.inner.access.block(device);
         self.end_streams(device).await;
         tracing::info!(device.id = %device, operator, "A device was blocked.");
         self.get(device).await
     }
 
-    pub async fn unblock(&self, device: &DeviceId, operator: &str) -> Result<DeviceRecord, DeviceError> {
+    pub async fn unblock(
+        &self,
+        device: &DeviceId,
+        operator: &str,
+    ) -> Result<DeviceRecord, DeviceError> {
         self.get(device).await?;
-        self.inner.db.set_blocked(device, false, "", operator).await?;
+        self.inner
+            .db
+            .set_blocked(device, false, "", operator)
+            .await?;
         self.inner.access.unblock(device);
         self.get(device).await
     }
@@ -162,7 +215,10 @@ impl Devices {
             return Err(DeviceError::Hears);
         }
         self.get(device).await?;
-        self.inner.db.set_hears(device, hears.clone(), operator).await?;
+        self.inner
+            .db
+            .set_hears(device, hears.clone(), operator)
+            .await?;
         self.inner.sessions.set_hears(device, hears);
         self.get(device).await
     }

@@ -151,7 +151,9 @@ pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
 /// round trip.
 fn patience(free: usize, all: usize) -> Duration {
     let share = free as f64 / all.max(1) as f64;
-    limits::HANDSHAKE_TIME.mul_f64(share).max(limits::LEAST_PATIENCE)
+    limits::HANDSHAKE_TIME
+        .mul_f64(share)
+        .max(limits::LEAST_PATIENCE)
 }
 
 /// What one peer's bounds are counted by: its IPv4 address, or its IPv6 network of 64 bits, in which a single host can have
@@ -185,8 +187,11 @@ async fn connection(
     // Registered before it is looked up: a block that comes in between finds the connection.
     let _entered = match peer.identity.role {
         Role::Device => {
-            let device: DeviceId =
-                peer.identity.id.parse().map_err(fwpush_keys::IdentityError::from)?;
+            let device: DeviceId = peer
+                .identity
+                .id
+                .parse()
+                .map_err(fwpush_keys::IdentityError::from)?;
             let entered = listener.access.enter(&device, hang_up.clone());
             if let Err(refused) = listener.access.check_device(&device, &peer).await {
                 tell(io, &refused).await;
@@ -198,7 +203,11 @@ async fn connection(
     };
     let gauge = metrics::gauge!(m::CONNECTIONS, "listener" => listener.name);
     gauge.increment(1.0);
-    let caller = Caller { peer: Arc::new(peer), address, hang_up };
+    let caller = Caller {
+        peer: Arc::new(peer),
+        address,
+        hang_up,
+    };
     serve_http(io, listener, caller, stop).await;
     gauge.decrement(1.0);
     Ok(())
@@ -219,7 +228,9 @@ async fn handshake(
         Err(_) => return Err(Refused::Silent),
     }
     let places = timeout(limits::HANDSHAKE_TIME, handshakes.places(&waiting)).await;
-    let places = places.map_err(|_| Refused::Slow)?.ok_or(Refused::Stopping)?;
+    let places = places
+        .map_err(|_| Refused::Slow)?
+        .ok_or(Refused::Stopping)?;
     let acceptor = TlsAcceptor::from(listener.tls.load_full());
     let accepted = timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp).into_fallible()).await;
     drop(places);
@@ -283,15 +294,20 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
         .initial_connection_window_size(if devices { 256 << 10 } else { 8 << 20 });
     let hang_up = caller.hang_up.clone();
     let address = caller.address;
-    let mut certificate_ends = pin!(tokio::time::sleep(caller.peer.not_after.since(Timestamp::now())));
+    let mut certificate_ends = pin!(tokio::time::sleep(
+        caller.peer.not_after.since(Timestamp::now())
+    ));
     let asked = Arc::new(AtomicBool::new(false));
     let note = asked.clone();
-    let app = listener.app.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
-        note.store(true, Ordering::Relaxed);
-        request.extensions_mut().insert(caller.clone());
-        request.map(axum::body::Body::new)
-    });
-    let mut served = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
+    let app = listener.app.clone().map_request(
+        move |mut request: http::Request<hyper::body::Incoming>| {
+            note.store(true, Ordering::Relaxed);
+            request.extensions_mut().insert(caller.clone());
+            request.map(axum::body::Body::new)
+        },
+    );
+    let mut served =
+        pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
     let mut draining = false;
     // An operator may think before a command; a device does not.
     let mut silent = devices;
@@ -351,26 +367,43 @@ struct Waiting {
 impl Handshakes {
     fn new(per_address: usize) -> Self {
         let all = Arc::new(Semaphore::new(limits::HANDSHAKES));
-        Self { all, per_address, addresses: Mutex::default() }
+        Self {
+            all,
+            per_address,
+            addresses: Mutex::default(),
+        }
     }
 
     fn enter(self: &Arc<Self>, ip: IpAddr) -> Result<Waiting, Refused> {
-        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut addresses = self
+            .addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let address = addresses
             .entry(ip)
             .or_insert_with(|| {
                 let places = Arc::new(Semaphore::new(self.per_address));
-                Arc::new(Address { places, waiting: AtomicUsize::new(0) })
+                Arc::new(Address {
+                    places,
+                    waiting: AtomicUsize::new(0),
+                })
             })
             .clone();
         if address.waiting.load(Ordering::Relaxed) >= limits::WAITING_PER_ADDRESS {
             return Err(Refused::Crowded(ip));
         }
         address.waiting.fetch_add(1, Ordering::Relaxed);
-        Ok(Waiting { ip, address, handshakes: self.clone() })
+        Ok(Waiting {
+            ip,
+            address,
+            handshakes: self.clone(),
+        })
     }
 
-    async fn places(&self, waiting: &Waiting) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    async fn places(
+        &self,
+        waiting: &Waiting,
+    ) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
         let own = waiting.address.places.clone().acquire_owned().await.ok()?;
         let of_all = self.all.clone().acquire_owned().await.ok()?;
         Some((own, of_all))
@@ -379,7 +412,11 @@ impl Handshakes {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut addresses = self.handshakes.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut addresses = self
+            .handshakes
+            .addresses
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if self.address.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
             addresses.remove(&self.ip);
         }

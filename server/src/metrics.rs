@@ -43,16 +43,37 @@ fn describe() {
     describe_gauge!(DEVICES_ONLINE, "Devices with a live stream on this node.");
     describe_gauge!(CONNECTIONS, "Open TLS connections, by listener.");
     describe_counter!(HANDSHAKES, "TLS handshakes completed, by listener.");
-    describe_counter!(HANDSHAKE_FAILURES, "TLS handshakes refused or failed, by reason.");
+    describe_counter!(
+        HANDSHAKE_FAILURES,
+        "TLS handshakes refused or failed, by reason."
+    );
     describe_counter!(STREAMS_ENDED, "Device streams that ended, by reason.");
-    describe_counter!(NOTICES, "File notices written to device streams, by action.");
+    describe_counter!(
+        NOTICES,
+        "File notices written to device streams, by action."
+    );
     describe_gauge!(DOWNLOADS, "Downloads under way.");
     describe_counter!(DOWNLOADS_REFUSED, "Downloads refused, by reason.");
-    describe_counter!(DOWNLOAD_BYTES, Unit::Bytes, "Image and outline bytes handed to connections.");
-    describe_counter!(UPLOAD_BYTES, Unit::Bytes, "Image bytes received from operators.");
+    describe_counter!(
+        DOWNLOAD_BYTES,
+        Unit::Bytes,
+        "Image and outline bytes handed to connections."
+    );
+    describe_counter!(
+        UPLOAD_BYTES,
+        Unit::Bytes,
+        "Image bytes received from operators."
+    );
     describe_counter!(REPORTS, "Device reports committed, by kind.");
-    describe_counter!(REPORTS_DROPPED, "Device reports over their bound, left for the device to send again.");
-    describe_histogram!(REPORT_COMMIT_SECONDS, Unit::Seconds, "Time to commit one group of reports.");
+    describe_counter!(
+        REPORTS_DROPPED,
+        "Device reports over their bound, left for the device to send again."
+    );
+    describe_histogram!(
+        REPORT_COMMIT_SECONDS,
+        Unit::Seconds,
+        "Time to commit one group of reports."
+    );
     describe_counter!(PHASE_CHANGES, "Phase changes of device updates, by phase.");
     describe_counter!(OPERATOR_CALLS, "Calls of operators, by method and outcome.");
 }

@@ -26,19 +26,29 @@ pub enum PublishError {
     Refused(#[from] TrustError),
     #[error("the payload names no product")]
     Product,
-    #[error("the release was issued {0}, which is in the future; check the clock where it was built")]
+    #[error(
+        "the release was issued {0}, which is in the future; check the clock where it was built"
+    )]
     IssuedInFuture(Timestamp),
     #[error("the release expired {0}; build it again")]
     Expired(Timestamp),
     #[error("the release is revoked: {0}")]
     Revoked(String),
-    #[error("security counter {counter} is below {floor}, the lowest that the revocation list allows")]
+    #[error(
+        "security counter {counter} is below {floor}, the lowest that the revocation list allows"
+    )]
     BelowFloor { counter: u64, floor: u64 },
     #[error("file {0} was not uploaded")]
     Missing(String),
     #[error("file {file} has {found} bytes; the release says {signed}")]
-    Size { file: String, found: u64, signed: u64 },
-    #[error("seq {seq} is not above {newest}, the newest of this product and channel; build the release again")]
+    Size {
+        file: String,
+        found: u64,
+        signed: u64,
+    },
+    #[error(
+        "seq {seq} is not above {newest}, the newest of this product and channel; build the release again"
+    )]
     OlderSeq { seq: u64, newest: u64 },
     #[error("seq {0} is taken by a release with other content")]
     SeqTaken(u64),
@@ -67,14 +77,25 @@ impl Releases {
 
     /// Verifies the signatures of a release envelope against the present root; nothing else is judged.
     pub fn verify(&self, envelope: &[u8]) -> Result<Verified<Release>, PublishError> {
-        let product = product_of(Envelope::parse(envelope)?.payload()).ok_or(PublishError::Product)?;
+        let product =
+            product_of(Envelope::parse(envelope)?.payload()).ok_or(PublishError::Product)?;
         Ok(self.trust.root().verify_release(&product, envelope)?)
     }
 
     /// Publishes; the same bytes twice answer the same.
-    pub async fn publish(&self, envelope: &[u8], file_name: &str, operator: &str) -> Result<Arc<ReleaseRow>, PublishError> {
+    pub async fn publish(
+        &self,
+        envelope: &[u8],
+        file_name: &str,
+        operator: &str,
+    ) -> Result<Arc<ReleaseRow>, PublishError> {
         let release = self.verify(envelope)?;
-        if let Some(row) = self.db.release(&release.release_id).await?.filter(|row| *row.envelope == *envelope) {
+        if let Some(row) = self
+            .db
+            .release(&release.release_id)
+            .await?
+            .filter(|row| *row.envelope == *envelope)
+        {
             return Ok(row);
         }
         let now = self.db.now();
@@ -88,11 +109,20 @@ impl Releases {
         match self.db.insert_release(&row, &files, operator).await? {
             Published::New => {}
             Published::Same(row) => return Ok(row),
-            Published::SeqOlder { newest } => return Err(PublishError::OlderSeq { seq: release.seq, newest }),
+            Published::SeqOlder { newest } => {
+                return Err(PublishError::OlderSeq {
+                    seq: release.seq,
+                    newest,
+                });
+            }
             Published::SeqTaken(_) => return Err(PublishError::SeqTaken(release.seq)),
-            Published::VersionTaken(_) => return Err(PublishError::VersionTaken(release.version.to_string())),
+            Published::VersionTaken(_) => {
+                return Err(PublishError::VersionTaken(release.version.to_string()));
+            }
             Published::FileMissing(file) => return Err(PublishError::Missing(file.to_string())),
-            Published::IdTaken => return Err(PublishError::IdTaken(release.release_id.to_string())),
+            Published::IdTaken => {
+                return Err(PublishError::IdTaken(release.release_id.to_string()));
+            }
         }
         tracing::info!(
             release.id = %release.release_id, product = %release.product, version = %release.version,
@@ -112,12 +142,22 @@ impl Releases {
     }
 
     fn check_revocation(&self, release: &Release) -> Result<(), PublishError> {
-        let Some(list) = self.trust.revocation(&release.product) else { return Ok(()) };
-        if let Some(revoked) = list.revoked.iter().find(|revoked| revoked.release_id == release.release_id) {
+        let Some(list) = self.trust.revocation(&release.product) else {
+            return Ok(());
+        };
+        if let Some(revoked) = list
+            .revoked
+            .iter()
+            .find(|revoked| revoked.release_id == release.release_id)
+        {
             return Err(PublishError::Revoked(revoked.reason.clone()));
         }
         let (counter, floor) = (release.security_counter, list.min_security_counter);
-        if counter < floor { Err(PublishError::BelowFloor { counter, floor }) } else { Ok(()) }
+        if counter < floor {
+            Err(PublishError::BelowFloor { counter, floor })
+        } else {
+            Ok(())
+        }
     }
 
     fn check_files(&self, release: &Release) -> Result<(), PublishError> {
@@ -128,7 +168,11 @@ impl Releases {
             };
             let found = stored.content.len() as u64;
             if found != encoding.size {
-                return Err(PublishError::Size { file, found, signed: encoding.size });
+                return Err(PublishError::Size {
+                    file,
+                    found,
+                    signed: encoding.size,
+                });
             }
         }
         Ok(())
@@ -141,6 +185,12 @@ fn check_name(name: &str) -> Result<(), PublishError> {
         && name.len() <= 255
         && name != "."
         && name != ".."
-        && !name.chars().any(|c| c == '/' || c == '\\' || c.is_control());
-    if harmless { Ok(()) } else { Err(PublishError::FileName) }
+        && !name
+            .chars()
+            .any(|c| c == '/' || c == '\\' || c.is_control());
+    if harmless {
+        Ok(())
+    } else {
+        Err(PublishError::FileName)
+    }
 }

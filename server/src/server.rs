@@ -17,8 +17,8 @@ use fwpush_keys::{
     tls::{self, Bar, Credentials, TlsError},
 };
 use fwpush_proto::v1::{
-    FILE_DESCRIPTOR_SET, admin_service_server::AdminServiceServer, node_service_server::NodeServiceServer,
-    push_service_server::PushServiceServer,
+    FILE_DESCRIPTOR_SET, admin_service_server::AdminServiceServer,
+    node_service_server::NodeServiceServer, push_service_server::PushServiceServer,
 };
 use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
@@ -117,12 +117,17 @@ impl Server {
     /// Opens everything and listens; returns when connections are accepted.
     pub async fn start(config: Config) -> Result<Running, StartError> {
         let lock = lock(&config)?;
-        let ca = Ca::load(&read(&config.pki.device_ca)?, &read(&config.pki.device_ca_key)?)?;
+        let ca = Ca::load(
+            &read(&config.pki.device_ca)?,
+            &read(&config.pki.device_ca_key)?,
+        )?;
         let db = Db::open(&config.database.url, config.base()).await?;
         let store = FileStore::open(&config.files_dir()?)?;
         let trust = TrustDocs::open(&config.trust.dir, db.clone()).await?;
         for list in trust.revocations() {
-            trust.apply_revocation(&list.product, config.node_id.as_str()).await?;
+            trust
+                .apply_revocation(&list.product, config.node_id.as_str())
+                .await?;
         }
 
         let engine_stop = CancellationToken::new();
@@ -134,16 +139,27 @@ impl Server {
             operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
         };
         let ingest = Ingest::start(db.clone(), engine_stop.clone());
-        let driver = driver::start(db.clone(), sessions.clone(), config.node_id.clone(), engine_stop.clone()).await?;
+        let driver = driver::start(
+            db.clone(),
+            sessions.clone(),
+            config.node_id.clone(),
+            engine_stop.clone(),
+        )
+        .await?;
         let tunables = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
 
-        let devices_socket = listen::bind(config.listen.devices).await.map_err(StartError::Listen)?;
-        let operators_socket = listen::bind(config.listen.operators).await.map_err(StartError::Listen)?;
+        let devices_socket = listen::bind(config.listen.devices)
+            .await
+            .map_err(StartError::Listen)?;
+        let operators_socket = listen::bind(config.listen.operators)
+            .await
+            .map_err(StartError::Listen)?;
         let metrics_socket = match config.listen.metrics {
             Some(address) => Some(listen::bind(address).await.map_err(StartError::Listen)?),
             None => None,
         };
-        let local = |socket: &tokio::net::TcpListener| socket.local_addr().map_err(StartError::Listen);
+        let local =
+            |socket: &tokio::net::TcpListener| socket.local_addr().map_err(StartError::Listen);
         let addresses = Addresses {
             devices: local(&devices_socket)?,
             operators: local(&operators_socket)?,
@@ -164,7 +180,13 @@ impl Server {
             store: store.clone(),
             trust: trust.clone(),
             releases: Releases::new(db.clone(), store.clone(), trust),
-            devices: Devices::new(db.clone(), access.clone(), sessions.clone(), ca, config.trust_domain.clone()),
+            devices: Devices::new(
+                db.clone(),
+                access.clone(),
+                sessions.clone(),
+                ca,
+                config.trust_domain.clone(),
+            ),
             sessions: sessions.clone(),
             about: Arc::new(about(&config, addresses)?),
             stop: stop.goaway.clone(),
@@ -189,16 +211,37 @@ impl Server {
         listeners.spawn(listen::serve(devices_socket, devices, stop.clone()));
         listeners.spawn(listen::serve(operators_socket, operators, stop.clone()));
         if let Some(socket) = metrics_socket {
-            listeners.spawn(serve_http(socket, health.clone(), metrics::install(), stop.kill.clone()));
+            listeners.spawn(serve_http(
+                socket,
+                health.clone(),
+                metrics::install(),
+                stop.kill.clone(),
+            ));
         }
-        tokio::spawn(flush_last_seen(db.clone(), sessions.clone(), engine_stop.clone()));
+        tokio::spawn(flush_last_seen(
+            db.clone(),
+            sessions.clone(),
+            engine_stop.clone(),
+        ));
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id,
             "The server accepts connections."
         );
         Ok(Running {
-            config, addresses, tls, tunables, sessions, access, health, db, ingest, driver, stop, engine_stop, listeners,
+            config,
+            addresses,
+            tls,
+            tunables,
+            sessions,
+            access,
+            health,
+            db,
+            ingest,
+            driver,
+            stop,
+            engine_stop,
+            listeners,
             _lock: lock,
         })
     }
@@ -229,7 +272,9 @@ impl Running {
             || config.database.url != self.config.database.url
             || config.files.url != self.config.files.url;
         if moved {
-            tracing::warn!("Addresses, database or files changed in the configuration: restart to use them.");
+            tracing::warn!(
+                "Addresses, database or files changed in the configuration: restart to use them."
+            );
         }
         self.config = config;
         tracing::info!("Certificates and configuration were read again.");
@@ -270,18 +315,26 @@ fn devices_app(context: Context, downloads: Downloads) -> Router {
     let (_, health) = tonic_health::server::health_reporter();
     // Its own bound would be 4 MiB for each of a connection's streams.
     let health = health.max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES);
-    Routes::new(push).add_service(health).prepare().into_axum_router().merge(downloads.router())
+    Routes::new(push)
+        .add_service(health)
+        .prepare()
+        .into_axum_router()
+        .merge(downloads.router())
 }
 
 fn operators_app(admin: Admin) -> Result<Router, StartError> {
     let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone()))
         .max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
-    let admin = AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
+    let admin =
+        AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let routes = Routes::new(admin).add_service(nodes).add_service(health).add_service(reflection);
+    let routes = Routes::new(admin)
+        .add_service(nodes)
+        .add_service(health)
+        .add_service(reflection);
     Ok(routes.prepare().into_axum_router())
 }
 
@@ -303,23 +356,47 @@ fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
 }
 
 /// TLS for devices, and for operators and nodes: each listener knows only the CAs of its own roles.
-fn tls_configs(config: &Config, bar: Bar) -> Result<(rustls::ServerConfig, rustls::ServerConfig), StartError> {
+fn tls_configs(
+    config: &Config,
+    bar: Bar,
+) -> Result<(rustls::ServerConfig, rustls::ServerConfig), StartError> {
     let pki = &config.pki;
-    let credentials = || Ok::<_, StartError>(Credentials::from_pem(&read(&pki.certificate)?, &read(&pki.key)?)?);
+    let credentials = || {
+        Ok::<_, StartError>(Credentials::from_pem(
+            &read(&pki.certificate)?,
+            &read(&pki.key)?,
+        )?)
+    };
     let ca = |path: &Path| Ok::<_, StartError>(tls::certificates_from_pem(&read(path)?)?);
     let domain = &config.trust_domain;
-    let devices = tls::server_config(credentials()?, &[(Role::Device, ca(&pki.device_ca)?)], domain, bar)?;
-    let others = [(Role::Operator, ca(&pki.operator_ca)?), (Role::Node, ca(&pki.node_ca)?)];
-    Ok((devices, tls::server_config(credentials()?, &others, domain, Bar::none())?))
+    let devices = tls::server_config(
+        credentials()?,
+        &[(Role::Device, ca(&pki.device_ca)?)],
+        domain,
+        bar,
+    )?;
+    let others = [
+        (Role::Operator, ca(&pki.operator_ca)?),
+        (Role::Node, ca(&pki.node_ca)?),
+    ];
+    Ok((
+        devices,
+        tls::server_config(credentials()?, &others, domain, Bar::none())?,
+    ))
 }
 
 fn read(path: &Path) -> Result<String, StartError> {
-    fs::read_to_string(path).map_err(|source| StartError::Read { path: path.to_owned(), source })
+    fs::read_to_string(path).map_err(|source| StartError::Read {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// The database's directory.
 fn data_dir(config: &Config) -> PathBuf {
-    let path = config.base().join(config.database.url.trim_start_matches("sqlite:"));
+    let path = config
+        .base()
+        .join(config.database.url.trim_start_matches("sqlite:"));
     path.parent().unwrap_or(config.base()).to_owned()
 }
 
@@ -327,9 +404,17 @@ fn data_dir(config: &Config) -> PathBuf {
 pub fn lock(config: &Config) -> Result<File, StartError> {
     let dir = data_dir(config);
     let path = dir.join("fwpush.lock");
-    let failed = |source| StartError::Lock { path: path.clone(), source };
+    let failed = |source| StartError::Lock {
+        path: path.clone(),
+        source,
+    };
     fs::create_dir_all(&dir).map_err(failed)?;
-    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(failed)?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked { path: dir }),
@@ -348,7 +433,10 @@ async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
         let seen = sessions.take_unflushed(db.now(), SEEN_EVERY);
         for batch in seen.chunks(limits::SEEN_BATCH) {
             if let Err(error) = db.flush_last_seen(batch).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "Last-seen times were not written.");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "Last-seen times were not written."
+                );
             }
         }
     }

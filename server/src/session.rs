@@ -91,12 +91,20 @@ impl Sessions {
     /// `floor` is the present time: epochs start above every epoch that an earlier run gave out.
     pub fn new(floor: Timestamp) -> Self {
         let start = u64::try_from(floor.as_ms()).unwrap_or(0);
-        Self { inner: Arc::new(Inner { state: Mutex::default(), epoch: AtomicU64::new(start) }) }
+        Self {
+            inner: Arc::new(Inner {
+                state: Mutex::default(),
+                epoch: AtomicU64::new(start),
+            }),
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change below is complete before the lock is released, also on a panic.
-        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the newest session of `device`; an older one is told [`Closing::Replaced`].
@@ -159,7 +167,9 @@ impl Sessions {
         if let Some(entry) = self.state().live.get(device) {
             entry.desired.send_if_modified(|slot| {
                 // A slow reader of the database must not put an older state over a newer one.
-                let newer = slot.as_ref().is_none_or(|held| held.generation <= desired.generation);
+                let newer = slot
+                    .as_ref()
+                    .is_none_or(|held| held.generation <= desired.generation);
                 if newer {
                     *slot = Some(desired);
                 }
@@ -171,7 +181,9 @@ impl Sessions {
     /// Puts a message into the device's queue. `epoch` 0 means whichever session is live.
     pub fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
         let state = self.state();
-        let Some(entry) = state.live.get(device) else { return PushOutcome::NotHere };
+        let Some(entry) = state.live.get(device) else {
+            return PushOutcome::NotHere;
+        };
         if epoch != 0 && epoch != entry.epoch {
             return PushOutcome::StaleEpoch;
         }
@@ -195,7 +207,11 @@ impl Sessions {
         let all: Vec<watch::Sender<Option<Closing>>> = {
             let mut state = self.state();
             state.draining = true;
-            state.live.values().map(|entry| entry.closing.clone()).collect()
+            state
+                .live
+                .values()
+                .map(|entry| entry.closing.clone())
+                .collect()
         };
         let mut tick = tokio::time::interval(std::time::Duration::from_millis(100));
         for some in all.chunks((per_second / 10).max(1)) {
@@ -217,7 +233,8 @@ impl Sessions {
 
     /// Tells those who may hear it that `device` runs `version` now.
     pub fn announce_update(&self, device: &DeviceId, product: &Product, version: &str) {
-        self.state().announce(device, product, EventType::Update, version);
+        self.state()
+            .announce(device, product, EventType::Update, version);
     }
 
     /// True while the device has a live stream on this node.
@@ -236,10 +253,16 @@ impl Sessions {
     }
 
     /// Live devices whose `last_seen` is older than `every` in the database; they count as flushed from now on.
-    pub fn take_unflushed(&self, now: Timestamp, every: std::time::Duration) -> Vec<(DeviceId, Timestamp)> {
+    pub fn take_unflushed(
+        &self,
+        now: Timestamp,
+        every: std::time::Duration,
+    ) -> Vec<(DeviceId, Timestamp)> {
         let mut state = self.state();
         let due = |entry: &Entry| {
-            entry.seen_flushed.is_none_or(|at| at.saturating_add(every) <= now)
+            entry
+                .seen_flushed
+                .is_none_or(|at| at.saturating_add(every) <= now)
         };
         let mut seen = Vec::new();
         for (device, entry) in state.live.iter_mut().filter(|(_, entry)| due(entry)) {
@@ -251,7 +274,11 @@ impl Sessions {
 
     fn release(&self, device: &DeviceId, epoch: u64) {
         let mut state = self.state();
-        if state.live.get(device).is_none_or(|entry| entry.epoch != epoch) {
+        if state
+            .live
+            .get(device)
+            .is_none_or(|entry| entry.epoch != epoch)
+        {
             return;
         }
         if let Some(entry) = state.remove(device) {
@@ -271,9 +298,15 @@ impl State {
         let old = self.remove(device);
         for heard in &entry.hears {
             if heard == "*" {
-                self.hears_product.entry(entry.product.clone()).or_default().insert(device.clone());
+                self.hears_product
+                    .entry(entry.product.clone())
+                    .or_default()
+                    .insert(device.clone());
             } else if let Ok(heard) = heard.parse::<DeviceId>() {
-                self.hears_device.entry(heard).or_default().insert(device.clone());
+                self.hears_device
+                    .entry(heard)
+                    .or_default()
+                    .insert(device.clone());
             }
         }
         self.live.insert(device.clone(), entry);
@@ -296,8 +329,15 @@ impl State {
     fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
         let of_device = self.hears_device.get(device);
         let of_product = self.hears_product.get(product);
-        for listener in of_device.into_iter().chain(of_product).flatten().filter(|id| *id != device) {
-            let Some(entry) = self.live.get(listener) else { continue };
+        for listener in of_device
+            .into_iter()
+            .chain(of_product)
+            .flatten()
+            .filter(|id| *id != device)
+        {
+            let Some(entry) = self.live.get(listener) else {
+                continue;
+            };
             let message = ServerMessage {
                 kind: Some(ToDevice::Event(NotifyEvent {
                     r#type: event.into(),
@@ -361,7 +401,10 @@ mod tests {
         assert!(new.epoch > old.epoch);
         drop(old);
         assert!(sessions.is_online(&id("a")));
-        assert_eq!(sessions.push(&id("a"), text(), new.epoch), PushOutcome::Delivered);
+        assert_eq!(
+            sessions.push(&id("a"), text(), new.epoch),
+            PushOutcome::Delivered
+        );
         drop(new);
         assert!(!sessions.is_online(&id("a")));
     }
@@ -386,7 +429,10 @@ mod tests {
             assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Delivered);
         }
         assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Busy);
-        assert_eq!(sessions.push(&id("a"), text(), session.epoch + 1), PushOutcome::StaleEpoch);
+        assert_eq!(
+            sessions.push(&id("a"), text(), session.epoch + 1),
+            PushOutcome::StaleEpoch
+        );
         assert_eq!(sessions.push(&id("b"), text(), 0), PushOutcome::NotHere);
     }
 
@@ -399,10 +445,12 @@ mod tests {
         while all.control.try_recv().is_ok() {}
         drop(claim(&sessions, "x", None, &[]));
         drop(claim(&sessions, "y", None, &[]));
-        let heard = |session: &mut Session| {
-            std::iter::from_fn(|| session.control.try_recv().ok()).count()
-        };
-        assert_eq!((heard(&mut all), heard(&mut one), heard(&mut none)), (4, 2, 0));
+        let heard =
+            |session: &mut Session| std::iter::from_fn(|| session.control.try_recv().ok()).count();
+        assert_eq!(
+            (heard(&mut all), heard(&mut one), heard(&mut none)),
+            (4, 2, 0)
+        );
         sessions.set_hears(&id("one"), vec![]);
         drop(claim(&sessions, "x", None, &[]));
         assert_eq!(heard(&mut one), 0);

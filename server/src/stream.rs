@@ -5,8 +5,9 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use fwpush_keys::{id::DeviceId, time::Timestamp};
 use fwpush_proto::v1::{
-    ClientMessage, Drain, FileNotice, Heartbeat, HeartbeatAck, Registered, ReportAck, RevocationVersion,
-    ServerMessage, SessionKind, client_message::Kind as FromDevice, server_message::Kind as ToDevice,
+    ClientMessage, Drain, FileNotice, Heartbeat, HeartbeatAck, Registered, ReportAck,
+    RevocationVersion, ServerMessage, SessionKind, client_message::Kind as FromDevice,
+    server_message::Kind as ToDevice,
 };
 use tokio::{
     sync::mpsc,
@@ -55,7 +56,12 @@ impl From<Status> for End {
 }
 
 /// Serves the stream until either side ends it.
-pub async fn run(context: Context, device: DeviceId, mut inbound: Streaming<ClientMessage>, out: Out) {
+pub async fn run(
+    context: Context,
+    device: DeviceId,
+    mut inbound: Streaming<ClientMessage>,
+    out: Out,
+) {
     let end = match serve(&context, &device, &mut inbound, &out).await {
         Err(end) => end,
         Ok(never) => match never {},
@@ -85,11 +91,18 @@ async fn serve(
 ) -> Result<std::convert::Infallible, End> {
     let hello = wire::hello(first_message(inbound).await?, device)?;
     let record = context.db.device(device).await.map_err(wire::db)?;
-    let record = record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
-    let session =
-        context.sessions.claim(device, &record.product, hello.last_session_id.as_deref(), record.hears.clone());
+    let record =
+        record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+    let session = context.sessions.claim(
+        device,
+        &record.product,
+        hello.last_session_id.as_deref(),
+        record.hears.clone(),
+    );
     // After the claim: a change of the desired state from here on reaches the session's slot.
-    let desired = desired::register(&context.ingest, &hello.facts, device).await.map_err(wire::db)?;
+    let desired = desired::register(&context.ingest, &hello.facts, device)
+        .await
+        .map_err(wire::db)?;
     tracing::info!(
         session.id = session.id,
         session.epoch,
@@ -119,12 +132,14 @@ async fn serve(
 
 async fn first_message(inbound: &mut Streaming<ClientMessage>) -> Result<FromDevice, End> {
     match timeout(limits::REGISTER_TIME, inbound.message()).await {
-        Err(_) => Err(Status::deadline_exceeded("no register or reconnect message within 10 s").into()),
+        Err(_) => {
+            Err(Status::deadline_exceeded("no register or reconnect message within 10 s").into())
+        }
         Ok(Err(status)) => Err(refusal_of(status)),
         Ok(Ok(None)) => Err(End::Left),
-        Ok(Ok(Some(message))) => message
-            .kind
-            .ok_or_else(|| Status::invalid_argument("the first message must be register or reconnect").into()),
+        Ok(Ok(Some(message))) => message.kind.ok_or_else(|| {
+            Status::invalid_argument("the first message must be register or reconnect").into()
+        }),
     }
 }
 
@@ -132,7 +147,10 @@ async fn first_message(inbound: &mut Streaming<ClientMessage>) -> Result<FromDev
 fn refusal_of(status: Status) -> End {
     match status.code() {
         tonic::Code::OutOfRange | tonic::Code::ResourceExhausted | tonic::Code::InvalidArgument => {
-            let words = format!("a message of at most {} bytes is wanted", limits::CLIENT_MESSAGE_BYTES);
+            let words = format!(
+                "a message of at most {} bytes is wanted",
+                limits::CLIENT_MESSAGE_BYTES
+            );
             Status::new(tonic::Code::ResourceExhausted, words).into()
         }
         tonic::Code::Internal => Status::invalid_argument("a message could not be decoded").into(),
@@ -161,7 +179,11 @@ impl Stream<'_> {
     /// Registered, then the trust documents it lacks, then what it should run: the manifest may need the newest list.
     async fn welcome(&mut self, facts: &desired::Facts, desired: Arc<Desired>) -> Result<(), End> {
         let tunables = self.context.tunables.load();
-        let kind = if self.session.resumed { SessionKind::Resumed } else { SessionKind::Fresh };
+        let kind = if self.session.resumed {
+            SessionKind::Resumed
+        } else {
+            SessionKind::Fresh
+        };
         self.send(ToDevice::Registered(Registered {
             session_id: self.session.id.clone(),
             epoch: self.session.epoch,
@@ -182,9 +204,13 @@ impl Stream<'_> {
         Ok(())
     }
 
-    async fn exchange(&mut self, inbound: &mut Streaming<ClientMessage>) -> Result<std::convert::Infallible, End> {
+    async fn exchange(
+        &mut self,
+        inbound: &mut Streaming<ClientMessage>,
+    ) -> Result<std::convert::Infallible, End> {
         let mut trust = self.context.trust.changes();
-        let silence = Duration::from_secs(self.context.tunables.load().heartbeat_interval_s) * limits::MISSED_HEARTBEATS;
+        let silence = Duration::from_secs(self.context.tunables.load().heartbeat_interval_s)
+            * limits::MISSED_HEARTBEATS;
         loop {
             tokio::select! {
                 message = inbound.message() => {
@@ -223,16 +249,22 @@ impl Stream<'_> {
     /// A newer generation; or the same after so long without an answer that the engine counts the device as not told.
     fn is_news(&self, desired: &Desired) -> bool {
         let unanswered = self.sent_at.elapsed() >= limits::TIMEOUTS.reply / 2;
-        desired.generation > self.sent_generation || (desired.generation == self.sent_generation && unanswered)
+        desired.generation > self.sent_generation
+            || (desired.generation == self.sent_generation && unanswered)
     }
 
     async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
         if !self.budget.take() {
-            let words = format!("more than {} messages a second", limits::MESSAGES_PER_SECOND);
+            let words = format!(
+                "more than {} messages a second",
+                limits::MESSAGES_PER_SECOND
+            );
             return Err(Status::resource_exhausted(words).into());
         }
         // A kind that a newer agent may send is no error.
-        let Some(kind) = message.kind else { return Ok(()) };
+        let Some(kind) = message.kind else {
+            return Ok(());
+        };
         match kind {
             FromDevice::Register(_) | FromDevice::Reconnect(_) => {
                 Err(Status::failed_precondition("this stream is registered already").into())
@@ -240,7 +272,8 @@ impl Stream<'_> {
             FromDevice::Heartbeat(beat) => self.heartbeat(beat).await,
             FromDevice::TrustState(state) => {
                 if let Some(error) = &state.error {
-                    let words = format!("{}: {}", wire::cut(&error.code), wire::cut(&error.message));
+                    let words =
+                        format!("{}: {}", wire::cut(&error.code), wire::cut(&error.message));
                     self.note_refused_trust(words).await;
                     return Ok(());
                 }
@@ -248,7 +281,11 @@ impl Stream<'_> {
                 self.root_version = state.root_version;
                 self.revocation = state.revocation.unwrap_or_default();
                 // More than one message of roots follows only while the device accepts them.
-                if progress { self.send_trust().await } else { Ok(()) }
+                if progress {
+                    self.send_trust().await
+                } else {
+                    Ok(())
+                }
             }
             FromDevice::NoticeReply(reply) => self.report(wire::reply(reply)?),
             FromDevice::FileAck(ack) => self.report(wire::file_ack(ack)?),
@@ -262,9 +299,17 @@ impl Stream<'_> {
             return;
         }
         tracing::warn!(error = words, "A device refused a trust document.");
-        let event = self.context.db.event(Some(self.device), "TRUST_REFUSED", &words, self.device.as_str());
+        let event = self.context.db.event(
+            Some(self.device),
+            "TRUST_REFUSED",
+            &words,
+            self.device.as_str(),
+        );
         if let Err(error) = event.await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "An event was not kept.");
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "An event was not kept."
+            );
         }
         self.trust_refused = Some(words);
     }
@@ -272,9 +317,11 @@ impl Stream<'_> {
     /// A report over the bound is dropped unacknowledged: the device sends it again.
     fn report(&mut self, said: Said) -> Result<(), End> {
         let updated_to = match &said.kind {
-            ReportKind::Phase { phase, current: Some(current), .. } if phase.is_success() => {
-                Some(current.version.clone())
-            }
+            ReportKind::Phase {
+                phase,
+                current: Some(current),
+                ..
+            } if phase.is_success() => Some(current.version.clone()),
             _ => None,
         };
         let report = DeviceReport {
@@ -285,24 +332,41 @@ impl Stream<'_> {
             generation: said.generation,
             kind: said.kind,
         };
-        if self.context.ingest.submit(report, &self.session.ack_sink).is_err() {
+        if self
+            .context
+            .ingest
+            .submit(report, &self.session.ack_sink)
+            .is_err()
+        {
             metrics::counter!(m::REPORTS_DROPPED).increment(1);
         } else if let Some(version) = updated_to {
-            self.context.sessions.announce_update(self.device, &self.record.product, &version);
+            self.context
+                .sessions
+                .announce_update(self.device, &self.record.product, &version);
         }
         Ok(())
     }
 
     async fn heartbeat(&mut self, beat: Heartbeat) -> Result<(), End> {
         if beat.client_id != self.device.as_str() {
-            return Err(Status::permission_denied("the heartbeat names another client_id than the certificate").into());
+            return Err(Status::permission_denied(
+                "the heartbeat names another client_id than the certificate",
+            )
+            .into());
         }
-        let ack = HeartbeatAck { timestamp: beat.timestamp, desired_generation: self.sent_generation };
+        let ack = HeartbeatAck {
+            timestamp: beat.timestamp,
+            desired_generation: self.sent_generation,
+        };
         self.send(ToDevice::HeartbeatAck(ack)).await
     }
 
     async fn send_trust(&mut self) -> Result<(), End> {
-        let update = self.context.trust.update_for(&self.record.product, self.root_version, &self.revocation);
+        let update = self.context.trust.update_for(
+            &self.record.product,
+            self.root_version,
+            &self.revocation,
+        );
         match update {
             Some(update) => self.send(ToDevice::TrustUpdate(update)).await,
             None => Ok(()),
@@ -310,13 +374,18 @@ impl Stream<'_> {
     }
 
     async fn send_notice(&mut self, desired: &Desired) -> Result<(), End> {
-        let notice: FileNotice = desired::notice(desired, uuid::Uuid::new_v4().simple().to_string());
+        let notice: FileNotice =
+            desired::notice(desired, uuid::Uuid::new_v4().simple().to_string());
         self.send(ToDevice::FileNotice(notice)).await?;
         (self.sent_generation, self.sent_at) = (desired.generation, Instant::now());
         metrics::counter!(m::NOTICES, "action" => desired.action.as_str()).increment(1);
-        if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) = (desired.action, desired.rollout_id) {
+        if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) =
+            (desired.action, desired.rollout_id)
+        {
             tracing::info!(rollout.id = %rollout, generation = desired.generation, "A notice was sent.");
-            self.context.ingest.offered(self.device.clone(), rollout, desired.generation);
+            self.context
+                .ingest
+                .offered(self.device.clone(), rollout, desired.generation);
         }
         Ok(())
     }
@@ -324,10 +393,15 @@ impl Stream<'_> {
     async fn close(&mut self, closing: Closing) -> End {
         match closing {
             Closing::Replaced => Status::aborted("a newer stream of this device took over").into(),
-            Closing::Refused => Status::permission_denied("this device is blocked or was removed").into(),
+            Closing::Refused => {
+                Status::permission_denied("this device is blocked or was removed").into()
+            }
             Closing::Draining => {
                 let spread = self.context.tunables.load().reconnect_spread_s.max(1) * 1_000;
-                let drain = Drain { min_ms: 100, max_ms: spread };
+                let drain = Drain {
+                    min_ms: 100,
+                    max_ms: spread,
+                };
                 if let Err(end) = self.send(ToDevice::Drain(drain)).await {
                     return end;
                 }
@@ -360,12 +434,16 @@ impl Budget {
     const MOST: f64 = limits::MESSAGES_PER_SECOND as f64 * 10.0;
 
     fn new() -> Self {
-        Self { left: Self::MOST, at: Instant::now() }
+        Self {
+            left: Self::MOST,
+            at: Instant::now(),
+        }
     }
 
     fn take(&mut self) -> bool {
         let now = Instant::now();
-        let earned = now.duration_since(self.at).as_secs_f64() * f64::from(limits::MESSAGES_PER_SECOND);
+        let earned =
+            now.duration_since(self.at).as_secs_f64() * f64::from(limits::MESSAGES_PER_SECOND);
         (self.left, self.at) = ((self.left + earned).min(Self::MOST), now);
         let enough = self.left >= 1.0;
         self.left -= if enough { 1.0 } else { 0.0 };

@@ -90,7 +90,8 @@ struct Documents {
 }
 
 /// Devices at the present root would refuse such a list; those that hold it are still bound by it.
-const UNBELIEVED: &str = "A revocation list is not signed by the present root's keys; sign and publish it again.";
+const UNBELIEVED: &str =
+    "A revocation list is not signed by the present root's keys; sign and publish it again.";
 
 /// The one field looked at before a signature is checked: it selects the keys, and `Verified` requires that it agrees.
 #[derive(Deserialize)]
@@ -102,24 +103,43 @@ impl TrustDocs {
     /// Reads `dir/1.root.json` and what was published since.
     pub async fn open(dir: &Path, db: Db) -> Result<Self, LoadError> {
         let path = dir.join("1.root.json");
-        let first = fs::read(&path).map_err(|source| LoadError::Read { path: path.clone(), source })?;
+        let first = fs::read(&path).map_err(|source| LoadError::Read {
+            path: path.clone(),
+            source,
+        })?;
         let head = Verified::<Root>::bootstrap(&first)
             .map_err(|source| LoadError::Refused { path, source })?;
         let roots = vec![(head.version, Bytes::from(first))];
-        let mut documents = Documents { roots, head, revocations: HashMap::new() };
+        let mut documents = Documents {
+            roots,
+            head,
+            revocations: HashMap::new(),
+        };
         for stored in db.trust_documents(TrustKind::Root).await? {
             documents.advance(&stored).map_err(LoadError::Stored)?;
         }
         for stored in db.trust_documents(TrustKind::Revocation).await? {
-            documents.take_stored_revocation(&stored).map_err(LoadError::Stored)?;
+            documents
+                .take_stored_revocation(&stored)
+                .map_err(LoadError::Stored)?;
         }
         let (changed, _) = watch::channel(0);
-        let inner = Inner { db, documents: RwLock::new(documents), changed, publishing: Mutex::new(()) };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = Inner {
+            db,
+            documents: RwLock::new(documents),
+            changed,
+            publishing: Mutex::new(()),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     fn documents(&self) -> RwLockReadGuard<'_, Documents> {
-        self.inner.documents.read().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .documents
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The newest root.
@@ -129,7 +149,11 @@ impl TrustDocs {
 
     /// Envelopes of all roots, oldest first.
     pub fn roots(&self) -> Vec<Bytes> {
-        self.documents().roots.iter().map(|(_, envelope)| envelope.clone()).collect()
+        self.documents()
+            .roots
+            .iter()
+            .map(|(_, envelope)| envelope.clone())
+            .collect()
     }
 
     /// The newest list of a product.
@@ -148,11 +172,21 @@ impl TrustDocs {
     }
 
     /// What a device lacks that holds root `root_version` and list `revocation`; `None` when nothing.
-    pub fn update_for(&self, product: &Product, root_version: u64, held: &RevocationVersion) -> Option<TrustUpdate> {
+    pub fn update_for(
+        &self,
+        product: &Product,
+        root_version: u64,
+        held: &RevocationVersion,
+    ) -> Option<TrustUpdate> {
         let documents = self.documents();
-        let lacking = documents.roots.iter().filter(|(version, _)| *version > root_version);
-        let roots: Vec<Bytes> =
-            lacking.take(limits::ROOTS_PER_UPDATE).map(|(_, envelope)| envelope.clone()).collect();
+        let lacking = documents
+            .roots
+            .iter()
+            .filter(|(version, _)| *version > root_version);
+        let roots: Vec<Bytes> = lacking
+            .take(limits::ROOTS_PER_UPDATE)
+            .map(|(_, envelope)| envelope.clone())
+            .collect();
         // A list may be signed by keys of the newest root: it goes with the hop that reaches it.
         let reaches_head = root_version + roots.len() as u64 >= documents.head.version;
         let revocation = documents
@@ -163,23 +197,38 @@ impl TrustDocs {
         if roots.is_empty() && revocation.is_none() {
             return None;
         }
-        Some(TrustUpdate { roots, revocation: revocation.unwrap_or_default() })
+        Some(TrustUpdate {
+            roots,
+            revocation: revocation.unwrap_or_default(),
+        })
     }
 
     /// Marks in the database what the newest list of `product` revokes, which stops its rollouts. Also at each start, so
     /// that a crash between a list's commit and this is made good.
     pub async fn apply_revocation(&self, product: &Product, actor: &str) -> Result<(), DbError> {
-        let Some(list) = self.revocation(product) else { return Ok(()) };
-        let mut revoked: Vec<ReleaseId> = list.revoked.iter().map(|revoked| revoked.release_id).collect();
+        let Some(list) = self.revocation(product) else {
+            return Ok(());
+        };
+        let mut revoked: Vec<ReleaseId> = list
+            .revoked
+            .iter()
+            .map(|revoked| revoked.release_id)
+            .collect();
         // A release below the list's counter is refused by every device that holds the list: as good as named in it.
         let releases = self.inner.db.list_releases(Some(product)).await?;
-        let below = releases.iter().filter(|release| release.security_counter < list.min_security_counter);
+        let below = releases
+            .iter()
+            .filter(|release| release.security_counter < list.min_security_counter);
         revoked.extend(below.map(|release| release.release_id));
         self.inner.db.set_revoked(product, &revoked, actor).await
     }
 
     /// Verifies a root or a revocation list, commits it, and hands it to the devices.
-    pub async fn publish(&self, envelope: &[u8], operator: &str) -> Result<Published, PublishError> {
+    pub async fn publish(
+        &self,
+        envelope: &[u8],
+        operator: &str,
+    ) -> Result<Published, PublishError> {
         let _one = self.inner.publishing.lock().await;
         let parsed = Envelope::parse(envelope)?;
         let mut documents = self.documents().clone();
@@ -196,15 +245,30 @@ impl TrustDocs {
             }
             Published::Revocation(product) => {
                 let order = documents.revocations[product].order();
-                (TrustKind::Revocation, product.as_str(), order, "REVOCATION_PUBLISHED")
+                (
+                    TrustKind::Revocation,
+                    product.as_str(),
+                    order,
+                    "REVOCATION_PUBLISHED",
+                )
             }
         };
-        self.inner.db.add_trust_document(kind, product, root_version, version, envelope).await?;
+        self.inner
+            .db
+            .add_trust_document(kind, product, root_version, version, envelope)
+            .await?;
         // Before anything else that can fail: what is committed is what is handed out.
-        *self.inner.documents.write().unwrap_or_else(PoisonError::into_inner) = documents;
+        *self
+            .inner
+            .documents
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = documents;
         self.inner.changed.send_modify(|count| *count += 1);
         let words = format!("{product} version {version} under root {root_version}");
-        self.inner.db.audit(event, words.trim_start(), operator).await?;
+        self.inner
+            .db
+            .audit(event, words.trim_start(), operator)
+            .await?;
         Ok(published)
     }
 }
@@ -212,7 +276,8 @@ impl TrustDocs {
 impl Documents {
     fn advance(&mut self, envelope: &[u8]) -> Result<(), TrustError> {
         self.head = self.head.advance(envelope)?;
-        self.roots.push((self.head.version, Bytes::copy_from_slice(envelope)));
+        self.roots
+            .push((self.head.version, Bytes::copy_from_slice(envelope)));
         Ok(())
     }
 
@@ -232,7 +297,11 @@ impl Documents {
         Ok(Published::Root)
     }
 
-    fn take_revocation(&mut self, envelope: &[u8], payload: &[u8]) -> Result<Published, PublishError> {
+    fn take_revocation(
+        &mut self,
+        envelope: &[u8],
+        payload: &[u8],
+    ) -> Result<Published, PublishError> {
         let product = product_of(payload).ok_or(PublishError::Product)?;
         if let Some(held) = self.revocations.get(&product) {
             if held.envelope() == envelope {
@@ -241,7 +310,10 @@ impl Documents {
             let list = self.head.verify_revocation(&product, envelope)?;
             let (held_root, version) = held.order();
             if list.order() <= held.order() {
-                return Err(PublishError::NotNewer { held_root, held: version });
+                return Err(PublishError::NotNewer {
+                    held_root,
+                    held: version,
+                });
             }
             self.revocations.insert(product.clone(), list);
         } else {
@@ -255,10 +327,16 @@ impl Documents {
     /// hold it, but can be handed to no other: it is left out.
     fn take_stored_revocation(&mut self, envelope: &[u8]) -> Result<(), TrustError> {
         let parsed = Envelope::parse(envelope)?;
-        let Some(product) = product_of(parsed.payload()) else { return Ok(()) };
+        let Some(product) = product_of(parsed.payload()) else {
+            return Ok(());
+        };
         match self.head.verify_revocation(&product, envelope) {
             Ok(list) => {
-                if self.revocations.get(&product).is_none_or(|held| held.order() < list.order()) {
+                if self
+                    .revocations
+                    .get(&product)
+                    .is_none_or(|held| held.order() < list.order())
+                {
                     self.revocations.insert(product, list);
                 }
             }
@@ -270,5 +348,7 @@ impl Documents {
 
 /// The product that an unverified payload names: good for choosing keys, for nothing else.
 pub fn product_of(payload: &[u8]) -> Option<Product> {
-    serde_json::from_slice::<ProductOnly>(payload).ok().map(|named| named.product)
+    serde_json::from_slice::<ProductOnly>(payload)
+        .ok()
+        .map(|named| named.product)
 }

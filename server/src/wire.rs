@@ -38,10 +38,16 @@ pub struct Said {
 pub fn hello(first: FromDevice, device: &DeviceId) -> Result<Hello, Status> {
     let (client_id, facts, last_session_id) = match first {
         FromDevice::Register(register) => (register.client_id, register.facts, None),
-        FromDevice::Reconnect(reconnect) => {
-            (reconnect.client_id, reconnect.facts, Some(cut(&reconnect.last_session_id)))
+        FromDevice::Reconnect(reconnect) => (
+            reconnect.client_id,
+            reconnect.facts,
+            Some(cut(&reconnect.last_session_id)),
+        ),
+        _ => {
+            return Err(Status::invalid_argument(
+                "the first message must be register or reconnect",
+            ));
         }
-        _ => return Err(Status::invalid_argument("the first message must be register or reconnect")),
     };
     if client_id != device.as_str() {
         return Err(Status::permission_denied(format!(
@@ -50,7 +56,8 @@ pub fn hello(first: FromDevice, device: &DeviceId) -> Result<Hello, Status> {
         )));
     }
     let facts = facts.ok_or_else(|| Status::invalid_argument("the first message has no facts"))?;
-    let parsed = Facts::parse(&facts).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let parsed =
+        Facts::parse(&facts).map_err(|error| Status::invalid_argument(error.to_string()))?;
     Ok(Hello {
         facts: parsed,
         last_session_id,
@@ -63,20 +70,35 @@ pub fn hello(first: FromDevice, device: &DeviceId) -> Result<Hello, Status> {
 pub fn reply(reply: v1::NoticeReply) -> Result<Said, Status> {
     let decision = match reply.decision() {
         v1::Decision::Accepted => Decision::Accepted,
-        v1::Decision::Deferred => Decision::Deferred { until: Timestamp::from_ms(reply.until_at_ms.max(0)) },
+        v1::Decision::Deferred => Decision::Deferred {
+            until: Timestamp::from_ms(reply.until_at_ms.max(0)),
+        },
         v1::Decision::Rejected => Decision::Rejected,
-        v1::Decision::Unspecified => return Err(Status::invalid_argument("a notice reply has an unknown decision")),
+        v1::Decision::Unspecified => {
+            return Err(Status::invalid_argument(
+                "a notice reply has an unknown decision",
+            ));
+        }
     };
-    let kind = ReportKind::Reply { decision, error: reply.reason.map(error_of) };
+    let kind = ReportKind::Reply {
+        decision,
+        error: reply.reason.map(error_of),
+    };
     numbered(reply.seq, reply.boot_count, reply.generation, kind)
 }
 
 /// A FileAck.
 pub fn file_ack(ack: v1::FileAck) -> Result<Said, Status> {
     let hash = |text: &str| {
-        text.parse::<FileId>().map_err(|_| Status::invalid_argument("a hash in a file ack is not 64 lower-case hex digits"))
+        text.parse::<FileId>().map_err(|_| {
+            Status::invalid_argument("a hash in a file ack is not 64 lower-case hex digits")
+        })
     };
-    let kind = ReportKind::Ack { file_id: hash(&ack.file_id)?, bytes: count(ack.bytes)?, blake3: hash(&ack.blake3)? };
+    let kind = ReportKind::Ack {
+        file_id: hash(&ack.file_id)?,
+        bytes: count(ack.bytes)?,
+        blake3: hash(&ack.blake3)?,
+    };
     numbered(ack.seq, ack.boot_count, ack.generation, kind)
 }
 
@@ -84,7 +106,9 @@ pub fn file_ack(ack: v1::FileAck) -> Result<Said, Status> {
 pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
     let phase = Phase::from_i32(report.phase)
         .filter(|_| !is_the_servers(report.phase()))
-        .ok_or_else(|| Status::invalid_argument("an update report has a phase that no device reports"))?;
+        .ok_or_else(|| {
+            Status::invalid_argument("an update report has a phase that no device reports")
+        })?;
     let kind = ReportKind::Phase {
         attempt: report.attempt,
         phase,
@@ -99,14 +123,20 @@ pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
 /// Phases that only the server knows of.
 fn is_the_servers(phase: v1::Phase) -> bool {
     use v1::Phase as P;
-    matches!(phase, P::Unspecified | P::Pending | P::Offered | P::TimedOut)
+    matches!(
+        phase,
+        P::Unspecified | P::Pending | P::Offered | P::TimedOut
+    )
 }
 
 /// The image that a device runs.
 fn running(image: v1::RunningImage) -> Result<RunningImage, Status> {
     let release_id = match image.release_id.as_str() {
         "" => None,
-        id => Some(id.parse().map_err(|_| Status::invalid_argument("a release_id is not a UUID"))?),
+        id => Some(
+            id.parse()
+                .map_err(|_| Status::invalid_argument("a release_id is not a UUID"))?,
+        ),
     };
     Ok(RunningImage {
         release_id,
@@ -122,7 +152,12 @@ fn numbered(seq: u64, boot_count: u64, generation: u64, kind: ReportKind) -> Res
     if seq == 0 {
         return Err(Status::invalid_argument("a report's seq begins at 1"));
     }
-    Ok(Said { boot_count, seq, generation, kind })
+    Ok(Said {
+        boot_count,
+        seq,
+        generation,
+        kind,
+    })
 }
 
 fn count(number: u64) -> Result<u64, Status> {
@@ -133,7 +168,10 @@ fn count(number: u64) -> Result<u64, Status> {
 }
 
 fn error_of(error: v1::UpdateError) -> ReportError {
-    ReportError { code: cut(&error.code), message: cut(&error.message) }
+    ReportError {
+        code: cut(&error.code),
+        message: cut(&error.message),
+    }
 }
 
 /// A device's text, cut to its bound and without control characters, so that it can be logged and shown.
@@ -142,12 +180,18 @@ pub fn cut(text: &str) -> String {
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text[..end].chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text[..end]
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 /// A failed database call, for a peer: that it may try again, and when. What failed stands in the log.
 pub fn db(error: DbError) -> Status {
-    tracing::error!(error = &error as &dyn std::error::Error, "The database failed.");
+    tracing::error!(
+        error = &error as &dyn std::error::Error,
+        "The database failed."
+    );
     let mut status = Status::unavailable("the database does not answer; try again later");
     let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
     status.metadata_mut().insert("retry-after-ms", retry.into());
@@ -167,17 +211,39 @@ mod tests {
 
     #[test]
     fn numbers_beyond_exact_integers_and_unknown_values_are_refused() {
-        let fine = v1::UpdateReport { seq: 1, phase: v1::Phase::Downloading.into(), ..Default::default() };
+        let fine = v1::UpdateReport {
+            seq: 1,
+            phase: v1::Phase::Downloading.into(),
+            ..Default::default()
+        };
         assert!(report(fine.clone()).is_ok());
         for bad in [
-            v1::UpdateReport { seq: 0, ..fine.clone() },
-            v1::UpdateReport { seq: 1 << 53, ..fine.clone() },
-            v1::UpdateReport { generation: u64::MAX, ..fine.clone() },
-            v1::UpdateReport { phase: 0, ..fine.clone() },
-            v1::UpdateReport { phase: v1::Phase::TimedOut.into(), ..fine.clone() },
+            v1::UpdateReport {
+                seq: 0,
+                ..fine.clone()
+            },
+            v1::UpdateReport {
+                seq: 1 << 53,
+                ..fine.clone()
+            },
+            v1::UpdateReport {
+                generation: u64::MAX,
+                ..fine.clone()
+            },
+            v1::UpdateReport {
+                phase: 0,
+                ..fine.clone()
+            },
+            v1::UpdateReport {
+                phase: v1::Phase::TimedOut.into(),
+                ..fine.clone()
+            },
             v1::UpdateReport { phase: 99, ..fine },
         ] {
-            assert_eq!(report(bad).unwrap_err().code(), tonic::Code::InvalidArgument);
+            assert_eq!(
+                report(bad).unwrap_err().code(),
+                tonic::Code::InvalidArgument
+            );
         }
     }
 }

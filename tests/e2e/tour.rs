@@ -7,8 +7,12 @@ use tempfile::TempDir;
 
 /// The shell blocks of the tour, in order. Blocks marked `console` build the binaries, which is done already.
 fn tour(readme: &str) -> String {
-    let (_, rest) = readme.split_once("## The five-minute tour").expect("the README has a tour");
-    let (tour, _) = rest.split_once("\n## ").expect("something follows the tour");
+    let (_, rest) = readme
+        .split_once("## The five-minute tour")
+        .expect("the README has a tour");
+    let (tour, _) = rest
+        .split_once("\n## ")
+        .expect("something follows the tour");
     let mut script = String::from("set -euo pipefail\n");
     let mut inside = false;
     for line in tour.lines() {
@@ -24,9 +28,21 @@ fn tour(readme: &str) -> String {
 
 #[test]
 fn the_tour_of_the_readme_works_word_for_word() {
-    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("README.md");
+    let readme = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .join("README.md");
     let script = tour(&fs::read_to_string(readme).unwrap());
-    for told in ["fwpush init", "fwpush serve", "device add", "fwpush-device", "fwpush release", "kill -9", "BAD", "--rollback"] {
+    for told in [
+        "fwpush init",
+        "fwpush serve",
+        "device add",
+        "fwpush-device",
+        "fwpush release",
+        "kill -9",
+        "BAD",
+        "--rollback",
+    ] {
         assert!(script.contains(told), "the tour no longer shows {told}");
     }
     let dir = TempDir::with_prefix("fwpush-tour-").unwrap();
@@ -35,7 +51,10 @@ fn the_tour_of_the_readme_works_word_for_word() {
     // Jobs are numbered as at a prompt; what the script leaves running ends with it.
     let script = format!("set -m\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{script}\n");
     let mut bash = Command::new("timeout");
-    bash.args(["300", "bash", "-c", &script]).current_dir(dir.path()).env("PATH", path).env_remove("FWPUSH_DIR");
+    bash.args(["300", "bash", "-c", &script])
+        .current_dir(dir.path())
+        .env("PATH", path)
+        .env_remove("FWPUSH_DIR");
     let done = run(bash);
     let log = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
     let (server, device) = (log("server.log"), log("dev-1.log"));
@@ -44,7 +63,15 @@ fn the_tour_of_the_readme_works_word_for_word() {
         "{}\n{}\n---- server\n{server}\n---- device\n{device}",
         done.stdout, done.stderr
     );
-    assert!(done.stdout.contains("rolled back, as it should"), "{}", done.stdout);
+    assert!(
+        done.stdout.contains("rolled back, as it should"),
+        "{}",
+        done.stdout
+    );
     let last = done.stdout.rsplit("dev-1").next().unwrap_or_default();
-    assert!(last.contains("1.1.0"), "the tour ends on 1.1.0:\n{}", done.stdout);
+    assert!(
+        last.contains("1.1.0"),
+        "the tour ends on 1.1.0:\n{}",
+        done.stdout
+    );
 }

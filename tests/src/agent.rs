@@ -191,7 +191,10 @@ impl Device {
 
     fn command(&self) -> Command {
         let mut command = Command::new(bin("fwpush-device"));
-        command.arg("--config").arg(self.config()).env("NO_COLOR", "1");
+        command
+            .arg("--config")
+            .arg(self.config())
+            .env("NO_COLOR", "1");
         command
     }
 }

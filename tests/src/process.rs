@@ -70,7 +70,11 @@ impl Process {
         let output = Arc::new(Output::default());
         collect(child.stdout.take().expect("piped"), output.clone());
         collect(child.stderr.take().expect("piped"), output.clone());
-        Self { child, output, name }
+        Self {
+            child,
+            output,
+            name,
+        }
     }
 
     /// Waits for a line that contains `words`, among those already there too, and gives it.
@@ -85,18 +89,38 @@ impl Process {
 
     /// Waits for a line at or after number `from` that is `wanted`, which `what` describes; gives the number behind it, and
     /// the line.
-    pub fn line_where(&self, from: usize, what: &str, wanted: impl Fn(&str) -> bool) -> (usize, String) {
+    pub fn line_where(
+        &self,
+        from: usize,
+        what: &str,
+        wanted: impl Fn(&str) -> bool,
+    ) -> (usize, String) {
         let until = Instant::now() + LONG;
         let mut lines = self.output.lock();
         loop {
-            let found = lines.all.iter().enumerate().skip(from).find(|(_, line)| wanted(line));
+            let found = lines
+                .all
+                .iter()
+                .enumerate()
+                .skip(from)
+                .find(|(_, line)| wanted(line));
             if let Some((at, line)) = found {
                 return (at + 1, line.clone());
             }
             let left = until.saturating_duration_since(Instant::now());
             let ended = lines.ended == 2;
-            assert!(!ended && !left.is_zero(), "{}: no line with {what:?} in:\n{}", self.name, lines.all.join("\n"));
-            lines = self.output.more.wait_timeout(lines, left.min(Duration::from_secs(1))).unwrap().0;
+            assert!(
+                !ended && !left.is_zero(),
+                "{}: no line with {what:?} in:\n{}",
+                self.name,
+                lines.all.join("\n")
+            );
+            lines = self
+                .output
+                .more
+                .wait_timeout(lines, left.min(Duration::from_secs(1)))
+                .unwrap()
+                .0;
         }
     }
 
@@ -110,8 +134,17 @@ impl Process {
         let until = Instant::now() + LONG;
         let mut lines = self.output.lock();
         while lines.ended < 2 {
-            assert!(Instant::now() < until, "{} keeps its output open", self.name);
-            lines = self.output.more.wait_timeout(lines, Duration::from_secs(1)).unwrap().0;
+            assert!(
+                Instant::now() < until,
+                "{} keeps its output open",
+                self.name
+            );
+            lines = self
+                .output
+                .more
+                .wait_timeout(lines, Duration::from_secs(1))
+                .unwrap()
+                .0;
         }
         lines.all.clone()
     }
@@ -128,7 +161,10 @@ impl Process {
     /// Memory that it holds at this moment (VmRSS), bytes.
     pub fn resident_bytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it runs");
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .expect("it runs");
         line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
     }
 
@@ -150,7 +186,12 @@ impl Process {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(start.elapsed() < LONG, "{} does not end:\n{}", self.name, self.lines().join("\n"));
+            assert!(
+                start.elapsed() < LONG,
+                "{} does not end:\n{}",
+                self.name,
+                self.lines().join("\n")
+            );
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -179,7 +220,10 @@ fn collect(from: impl Read + Send + 'static, output: Arc<Output>) {
 /// Runs a command to its end.
 pub fn run(mut command: Command) -> Finished {
     let name = format!("{command:?}");
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("start {name}: {error}"));
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("start {name}: {error}"));
     Finished {
         code: output.status.code().unwrap_or(-1),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -191,7 +235,11 @@ impl Finished {
     /// Panics unless it ended with exit code 0.
     #[track_caller]
     pub fn ok(self) -> Self {
-        assert_eq!(self.code, 0, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        assert_eq!(
+            self.code, 0,
+            "stdout:\n{}\nstderr:\n{}",
+            self.stdout, self.stderr
+        );
         self
     }
 
@@ -201,6 +249,8 @@ impl Finished {
         let text = self.stdout.trim_end();
         serde_json::from_str(text)
             .or_else(|_| serde_json::from_str(text.lines().last().unwrap_or_default()))
-            .unwrap_or_else(|error| panic!("{error} in:\n{}\nstderr:\n{}", self.stdout, self.stderr))
+            .unwrap_or_else(|error| {
+                panic!("{error} in:\n{}\nstderr:\n{}", self.stdout, self.stderr)
+            })
     }
 }

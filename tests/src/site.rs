@@ -47,7 +47,10 @@ pub struct Published {
 
 /// An address nobody listens on at this moment.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
 }
 
 impl Site {
@@ -61,7 +64,14 @@ impl Site {
             temp,
             server: None,
         };
-        let init = site.fwpush_raw(&["init", site.dir().to_str().unwrap(), "--trust-domain", "test", "--product", PRODUCT]);
+        let init = site.fwpush_raw(&[
+            "init",
+            site.dir().to_str().unwrap(),
+            "--trust-domain",
+            "test",
+            "--product",
+            PRODUCT,
+        ]);
         run(init).ok();
         site.edit_config(|config| {
             let listen = config["listen"].as_table_mut().unwrap();
@@ -69,7 +79,11 @@ impl Site {
             listen.insert("operators".into(), site.operators.to_string().into());
             listen.insert("metrics".into(), site.metrics.to_string().into());
             listen.insert("advertise".into(), vec![site.devices.to_string()].into());
-            let limits = config.entry("limits").or_insert(toml::Table::new().into()).as_table_mut().unwrap();
+            let limits = config
+                .entry("limits")
+                .or_insert(toml::Table::new().into())
+                .as_table_mut()
+                .unwrap();
             // Tests reconnect often and wait for it.
             limits.insert("reconnect_spread_s".into(), 0.into());
             limits.insert("heartbeat_interval_s".into(), 5.into());
@@ -112,7 +126,10 @@ impl Site {
     /// Starts the server and waits until it accepts connections.
     pub fn start(&mut self) {
         let mut command = Command::new(bin("fwpush"));
-        command.args(["serve", "--dir"]).arg(self.dir()).env("FWPUSH_LOG", "info");
+        command
+            .args(["serve", "--dir"])
+            .arg(self.dir())
+            .env("FWPUSH_LOG", "info");
         let server = Process::spawn(command);
         server.line_with("The server accepts connections");
         self.server = Some(server);
@@ -131,7 +148,11 @@ impl Site {
     /// SIGTERM, and waits for the drain to end.
     pub fn stop_server(&mut self) {
         self.server().signal(Signal::TERM);
-        assert!(self.server().wait().success(), "{}", self.server().lines().join("\n"));
+        assert!(
+            self.server().wait().success(),
+            "{}",
+            self.server().lines().join("\n")
+        );
     }
 
     /// Runs `fwpush --dir DIR ARGS...` to its end.
@@ -145,7 +166,10 @@ impl Site {
         if args.first() != Some(&"init") {
             command.arg("--dir").arg(self.dir());
         }
-        command.args(args).env_remove("FWPUSH_DIR").current_dir(self.temp.path());
+        command
+            .args(args)
+            .env_remove("FWPUSH_DIR")
+            .current_dir(self.temp.path());
         command
     }
 
@@ -158,12 +182,24 @@ impl Site {
 
     /// Releases `image` as `version` to every device and waits until the rollout is complete.
     pub fn release(&self, image: &Path, version: &str) -> Finished {
-        self.fwpush(&self.release_args(image, version, &[]).iter().map(String::as_str).collect::<Vec<_>>())
+        self.fwpush(
+            &self
+                .release_args(image, version, &[])
+                .iter()
+                .map(String::as_str)
+                .collect::<Vec<_>>(),
+        )
     }
 
     /// As [`Self::release`], with more arguments.
     pub fn release_with(&self, image: &Path, version: &str, more: &[&str]) -> Finished {
-        self.fwpush(&self.release_args(image, version, more).iter().map(String::as_str).collect::<Vec<_>>())
+        self.fwpush(
+            &self
+                .release_args(image, version, more)
+                .iter()
+                .map(String::as_str)
+                .collect::<Vec<_>>(),
+        )
     }
 
     /// Publishes an image, without a rollout.
@@ -173,17 +209,40 @@ impl Site {
         // Releases may be made within the same second here.
         static SEQ: AtomicU64 = AtomicU64::new(1);
         let seq = SEQ.fetch_add(1, Ordering::Relaxed).to_string();
-        let mut build = vec!["release", "build", image, "--product", product, "--version", version, "--hw", HW];
+        let mut build = vec![
+            "release",
+            "build",
+            image,
+            "--product",
+            product,
+            "--version",
+            version,
+            "--hw",
+            HW,
+        ];
         build.extend(["--seq", &seq, "--out", file]);
         self.fwpush(&build).ok();
         self.fwpush(&["release", "sign", file]).ok();
-        let published = self.fwpush(&["release", "publish", file, "--image", image, "--json"]).ok().json();
+        let published = self
+            .fwpush(&["release", "publish", file, "--image", image, "--json"])
+            .ok()
+            .json();
         let text = |key: &str| published[key].as_str().unwrap().to_owned();
-        Published { release_id: text("release_id"), file_id: text("file_id") }
+        Published {
+            release_id: text("release_id"),
+            file_id: text("file_id"),
+        }
     }
 
     fn release_args(&self, image: &Path, version: &str, more: &[&str]) -> Vec<String> {
-        let mut args = vec!["release", image.to_str().unwrap(), "--product", PRODUCT, "--version", version];
+        let mut args = vec![
+            "release",
+            image.to_str().unwrap(),
+            "--product",
+            PRODUCT,
+            "--version",
+            version,
+        ];
         args.extend(["--hw", HW, "--yes"]);
         if !more.contains(&"--to") {
             args.extend(["--to", "all"]);
@@ -197,7 +256,18 @@ impl Site {
         let dir = self.temp.path().join("devices").join(id);
         fs::create_dir_all(dir.parent().unwrap()).unwrap();
         let hw = format!("{HW}:1");
-        self.fwpush(&["device", "add", id, "--product", PRODUCT, "--hw", &hw, "--out", dir.to_str().unwrap()]).ok();
+        self.fwpush(&[
+            "device",
+            "add",
+            id,
+            "--product",
+            PRODUCT,
+            "--hw",
+            &hw,
+            "--out",
+            dir.to_str().unwrap(),
+        ])
+        .ok();
         dir
     }
 
@@ -205,7 +275,18 @@ impl Site {
     pub fn add_fleet(&self, prefix: &str, count: usize) -> PathBuf {
         let dir = self.temp.path().join(format!("fleet-{prefix}"));
         let (hw, count) = (format!("{HW}:1"), count.to_string());
-        let args = ["device", "add", prefix, "--count", &count, "--product", PRODUCT, "--hw", &hw, "--out"];
+        let args = [
+            "device",
+            "add",
+            prefix,
+            "--count",
+            &count,
+            "--product",
+            PRODUCT,
+            "--hw",
+            &hw,
+            "--out",
+        ];
         let mut args = args.to_vec();
         args.push(dir.to_str().unwrap());
         self.fwpush(&args).ok();
@@ -246,7 +327,11 @@ impl Site {
 
     /// An authority of the site, with its key.
     pub fn authority(&self, role: Role) -> Ca {
-        let part = if role == Role::Device { "server/pki" } else { "offline" };
+        let part = if role == Role::Device {
+            "server/pki"
+        } else {
+            "offline"
+        };
         let file = |end: &str| read(&self.dir().join(part).join(format!("{role}-ca.{end}")));
         Ca::load(&file("crt"), &file("key")).unwrap()
     }
@@ -259,7 +344,10 @@ impl Site {
 
     /// A device's connection.
     pub async fn connect(&self, id: &str) -> Channel {
-        self.device_certificates(id).connect(&self.devices.to_string()).await.unwrap()
+        self.device_certificates(id)
+            .connect(&self.devices.to_string())
+            .await
+            .unwrap()
     }
 
     pub fn trust_domain(&self) -> TrustDomain {
@@ -275,7 +363,8 @@ impl Site {
     pub fn metrics_text(&self) -> String {
         use std::io::{Read as _, Write as _};
         let mut tcp = std::net::TcpStream::connect(self.metrics).unwrap();
-        tcp.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        tcp.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            .unwrap();
         let mut text = String::new();
         tcp.read_to_string(&mut text).unwrap();
         text

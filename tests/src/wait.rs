@@ -18,7 +18,10 @@ where
         match look().await {
             Ok(found) => return found,
             Err(seen) => {
-                assert!(start.elapsed() < LONG, "waited {LONG:?} for {what}; last seen: {seen:?}");
+                assert!(
+                    start.elapsed() < LONG,
+                    "waited {LONG:?} for {what}; last seen: {seen:?}"
+                );
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }

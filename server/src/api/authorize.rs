@@ -18,7 +18,12 @@ fn admit(caller: Option<&Caller>, role: Role) -> Result<&Caller, Status> {
 }
 
 fn id_of<Id: std::str::FromStr>(caller: &Caller) -> Result<Id, Status> {
-    caller.peer.identity.id.parse().map_err(|_| Status::unauthenticated("the certificate's id is malformed"))
+    caller
+        .peer
+        .identity
+        .id
+        .parse()
+        .map_err(|_| Status::unauthenticated("the certificate's id is malformed"))
 }
 
 /// The device that calls. Also the connection, so that a blocked device can be hung up on.

@@ -45,7 +45,14 @@ pub struct Downloads {
 impl Downloads {
     /// At most `most` downloads at once.
     pub fn new(db: Db, store: FileStore, access: Access, most: usize) -> Self {
-        Self { db, store, access, most, active: Arc::default(), by_device: Arc::default() }
+        Self {
+            db,
+            store,
+            access,
+            most,
+            active: Arc::default(),
+            by_device: Arc::default(),
+        }
     }
 
     /// The route that gRPC clients call.
@@ -63,7 +70,8 @@ impl Downloads {
         match self.download(request).await {
             Ok(response) => response,
             Err(status) => {
-                metrics::counter!(m::DOWNLOADS_REFUSED, "reason" => format!("{:?}", status.code())).increment(1);
+                metrics::counter!(m::DOWNLOADS_REFUSED, "reason" => format!("{:?}", status.code()))
+                    .increment(1);
                 status.into_http()
             }
         }
@@ -72,7 +80,10 @@ impl Downloads {
     async fn download(&self, request: http::Request<Body>) -> Result<Response, Status> {
         let (parts, body) = request.into_parts();
         let (device, caller) = authorize::device(parts.extensions.get::<Caller>())?;
-        self.access.check_device(&device, &caller.peer).await.map_err(status::access)?;
+        self.access
+            .check_device(&device, &caller.peer)
+            .await
+            .map_err(status::access)?;
         let wanted = timeout(limits::REGISTER_TIME, decode(body))
             .await
             .map_err(|_| Status::deadline_exceeded("no whole request within 10 s"))??;
@@ -80,7 +91,8 @@ impl Downloads {
             .file_id
             .parse()
             .map_err(|_| Status::invalid_argument("file_id is not 64 lower-case hex digits"))?;
-        let part = Part::try_from(wanted.part).map_err(|_| Status::invalid_argument("a file has no such part"))?;
+        let part = Part::try_from(wanted.part)
+            .map_err(|_| Status::invalid_argument("a file has no such part"))?;
         self.check_wanted_by(&device, &id).await?;
         let slot = self.slot(&device)?;
         let file = self.open(id).await?;
@@ -88,13 +100,28 @@ impl Downloads {
             Part::Content => file.content.clone(),
             Part::Outline => file.outline.clone(),
         };
-        let range = Range::of(bytes.len(), wanted.offset, wanted.length, wanted.max_chunk_bytes).ok_or_else(|| {
-            Status::out_of_range(format!("offset {} is past the end, {}", wanted.offset, bytes.len()))
+        let range = Range::of(
+            bytes.len(),
+            wanted.offset,
+            wanted.length,
+            wanted.max_chunk_bytes,
+        )
+        .ok_or_else(|| {
+            Status::out_of_range(format!(
+                "offset {} is past the end, {}",
+                wanted.offset,
+                bytes.len()
+            ))
         })?;
         tracing::debug!(device.id = %device, file = %id, offset = wanted.offset, "A download began.");
         let progress = Arc::new(AtomicU64::new(0));
         let ended = CancellationToken::new();
-        tokio::spawn(watch(progress.clone(), ended.clone(), caller.hang_up.clone(), device));
+        tokio::spawn(watch(
+            progress.clone(),
+            ended.clone(),
+            caller.hang_up.clone(),
+            device,
+        ));
         let body = DownloadBody::new(bytes, range, progress, slot, ended.drop_guard());
         Response::builder()
             .header("content-type", "application/grpc")
@@ -105,17 +132,25 @@ impl Downloads {
     /// Only files of a release for the device's own recorded product; only while one of those is not revoked.
     async fn check_wanted_by(&self, device: &DeviceId, id: &FileId) -> Result<(), Status> {
         let record = self.db.device(device).await.map_err(status::db)?;
-        let record = record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+        let record =
+            record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
         let products = self.db.products_of_file(id).await.map_err(status::db)?;
         if products.is_empty() {
             return Err(Status::not_found("no release names this file"));
         }
-        let mut own = products.iter().filter(|(product, _)| *product == record.product).peekable();
+        let mut own = products
+            .iter()
+            .filter(|(product, _)| *product == record.product)
+            .peekable();
         if own.peek().is_none() {
-            return Err(Status::permission_denied("no release for this device's product names this file"));
+            return Err(Status::permission_denied(
+                "no release for this device's product names this file",
+            ));
         }
         if own.all(|(_, revoked)| *revoked) {
-            return Err(Status::failed_precondition("every release with this file is revoked"));
+            return Err(Status::failed_precondition(
+                "every release with this file is revoked",
+            ));
         }
         Ok(())
     }
@@ -129,7 +164,9 @@ impl Downloads {
             Ok(Some(file)) => Ok(file),
             Ok(None) => {
                 tracing::error!(file = %id, "A published file is not in the store.");
-                Err(Status::unavailable("the file is not at hand now; try again later"))
+                Err(Status::unavailable(
+                    "the file is not at hand now; try again later",
+                ))
             }
             Err(error) => Err(status::store(error)),
         }
@@ -137,7 +174,10 @@ impl Downloads {
 
     /// A place among the downloads, given back when it is dropped.
     fn slot(&self, device: &DeviceId) -> Result<Slot, Status> {
-        let mut by_device = self.by_device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_device = self
+            .by_device
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let own = by_device.get(device).copied().unwrap_or(0);
         if own >= limits::DOWNLOADS_PER_DEVICE {
             return Err(try_later("this device has too many downloads under way"));
@@ -148,7 +188,10 @@ impl Downloads {
         self.active.fetch_add(1, Ordering::Relaxed);
         by_device.insert(device.clone(), own + 1);
         metrics::gauge!(m::DOWNLOADS).increment(1.0);
-        Ok(Slot { downloads: self.clone(), device: device.clone() })
+        Ok(Slot {
+            downloads: self.clone(),
+            device: device.clone(),
+        })
     }
 }
 
@@ -164,7 +207,11 @@ async fn decode(body: Body) -> Result<FileRequest, Status> {
     let body = Limited::new(body, REQUEST_BYTES)
         .collect()
         .await
-        .map_err(|_| Status::invalid_argument(format!("a FileRequest of at most {REQUEST_BYTES} bytes is wanted")))?;
+        .map_err(|_| {
+            Status::invalid_argument(format!(
+                "a FileRequest of at most {REQUEST_BYTES} bytes is wanted"
+            ))
+        })?;
     let mut bytes = body.to_bytes();
     if bytes.len() < 5 || bytes[0] != 0 {
         return Err(Status::unimplemented("one uncompressed message is wanted"));
@@ -173,13 +220,19 @@ async fn decode(body: Body) -> Result<FileRequest, Status> {
     if bytes.get_u32() as usize != bytes.len() {
         return Err(Status::invalid_argument("exactly one message is wanted"));
     }
-    FileRequest::decode(bytes).map_err(|_| Status::invalid_argument("the FileRequest cannot be decoded"))
+    FileRequest::decode(bytes)
+        .map_err(|_| Status::invalid_argument("the FileRequest cannot be decoded"))
 }
 
 /// Ends the connection of a download in which the peer takes nothing for [`limits::DOWNLOAD_STALL`].
 ///
 /// Nothing else would: HTTP/2 does not ask the body for more while the peer gives no window.
-async fn watch(progress: Arc<AtomicU64>, ended: CancellationToken, hang_up: CancellationToken, device: DeviceId) {
+async fn watch(
+    progress: Arc<AtomicU64>,
+    ended: CancellationToken,
+    hang_up: CancellationToken,
+    device: DeviceId,
+) {
     let mut counted = 0;
     loop {
         tokio::select! {
@@ -208,7 +261,11 @@ impl Drop for Slot {
     fn drop(&mut self) {
         self.downloads.active.fetch_sub(1, Ordering::Relaxed);
         metrics::gauge!(m::DOWNLOADS).decrement(1.0);
-        let mut by_device = self.downloads.by_device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_device = self
+            .downloads
+            .by_device
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(own) = by_device.get_mut(&self.device) {
             *own -= 1;
             if *own == 0 {

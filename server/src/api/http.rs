@@ -43,10 +43,19 @@ pub async fn serve_http(
 ) {
     let ready = move || {
         let ready = health.is_ready();
-        async move { if ready { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "draining\n") } }
+        async move {
+            if ready {
+                (StatusCode::OK, "ready\n")
+            } else {
+                (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+            }
+        }
     };
     let render = move || {
-        let text = metrics.as_ref().map(PrometheusHandle::render).unwrap_or_default();
+        let text = metrics
+            .as_ref()
+            .map(PrometheusHandle::render)
+            .unwrap_or_default();
         async move { text }
     };
     let app = Router::new()
@@ -67,7 +76,10 @@ pub async fn serve_http(
         tokio::spawn(async move {
             let _place = place;
             let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-            builder.http1().timer(TokioTimer::new()).header_read_timeout(std::time::Duration::from_secs(10));
+            builder
+                .http1()
+                .timer(TokioTimer::new())
+                .header_read_timeout(std::time::Duration::from_secs(10));
             let served = builder.serve_connection(TokioIo::new(tcp), TowerToHyperService::new(app));
             tokio::select! {
                 () = stop.cancelled() => {}

@@ -20,19 +20,32 @@ impl Nodes {
 
 #[tonic::async_trait]
 impl NodeService for Nodes {
-    async fn push_to_client(&self, request: Request<PushRequest>) -> Result<Response<PushResponse>, Status> {
+    async fn push_to_client(
+        &self,
+        request: Request<PushRequest>,
+    ) -> Result<Response<PushResponse>, Status> {
         let node = authorize::node(request.extensions())?;
         let request = request.into_inner();
         let device: DeviceId = request
             .client_id
             .parse()
             .map_err(|_| Status::invalid_argument("client_id is not an id"))?;
-        let message = request.message.ok_or_else(|| Status::invalid_argument("no message"))?;
+        let message = request
+            .message
+            .ok_or_else(|| Status::invalid_argument("no message"))?;
         let outcome = self.sessions.push(&device, message, request.epoch);
         tracing::debug!(device.id = %device, node.id = %node, ?outcome, "A node pushed a message.");
         let success = outcome == PushOutcome::Delivered;
-        let error = if success { String::new() } else { explain(outcome).to_owned() };
-        Ok(Response::new(PushResponse { success, error, outcome: outcome.into() }))
+        let error = if success {
+            String::new()
+        } else {
+            explain(outcome).to_owned()
+        };
+        Ok(Response::new(PushResponse {
+            success,
+            error,
+            outcome: outcome.into(),
+        }))
     }
 }
 

@@ -33,7 +33,11 @@ impl PushService for Push {
         request: Request<Streaming<ClientMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let (device, caller) = authorize::device(request.extensions().get::<Caller>())?;
-        self.context.access.check_device(&device, &caller.peer).await.map_err(status::access)?;
+        self.context
+            .access
+            .check_device(&device, &caller.peer)
+            .await
+            .map_err(status::access)?;
         let (context, address) = (self.context.clone(), caller.address);
         // One message ahead of the socket: what waits longer waits in the session's latest-wins slot.
         let (out, answer) = mpsc::channel(1);

@@ -23,12 +23,17 @@ pub fn store(error: StoreError) -> Status {
     let words = error.to_string();
     let code = match error {
         StoreError::Io { .. } | StoreError::Open(_) => {
-            tracing::error!(error = &error as &dyn std::error::Error, "The file store failed.");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "The file store failed."
+            );
             return Status::unavailable("the file store failed; the server's log says why");
         }
         StoreError::UploadBusy => Code::Aborted,
         StoreError::WrongOffset { .. } => Code::FailedPrecondition,
-        StoreError::TooLong { .. } | StoreError::TooShort { .. } | StoreError::Size => Code::InvalidArgument,
+        StoreError::TooLong { .. } | StoreError::TooShort { .. } | StoreError::Size => {
+            Code::InvalidArgument
+        }
         StoreError::WrongHash { .. } => Code::DataLoss,
     };
     Status::new(code, words)

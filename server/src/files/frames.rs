@@ -40,7 +40,9 @@ pub struct Range {
 impl Range {
     /// `length` 0 means to the end; a longer one ends at the end. `max_chunk` is clamped. `None`: `offset` past the end.
     pub fn of(size: usize, offset: u64, length: u64, max_chunk: u32) -> Option<Self> {
-        let start = usize::try_from(offset).ok().filter(|start| *start <= size)?;
+        let start = usize::try_from(offset)
+            .ok()
+            .filter(|start| *start <= size)?;
         let rest = size - start;
         let length = match usize::try_from(length) {
             Ok(0) | Err(_) => rest,
@@ -50,7 +52,10 @@ impl Range {
             0 => limits::CHUNK_DEFAULT_BYTES,
             asked => asked.clamp(limits::CHUNK_MIN_BYTES, limits::CHUNK_MAX_BYTES),
         };
-        Some(Self { bytes: start..start + length, chunk })
+        Some(Self {
+            bytes: start..start + length,
+            chunk,
+        })
     }
 }
 
@@ -77,7 +82,13 @@ enum State {
 
 impl<Guard> DownloadBody<Guard> {
     /// `guard` is held until the body is dropped; `ended` is cancelled then.
-    pub fn new(file: Bytes, range: Range, progress: Arc<AtomicU64>, guard: Guard, ended: DropGuard) -> Self {
+    pub fn new(
+        file: Bytes,
+        range: Range,
+        progress: Arc<AtomicU64>,
+        guard: Guard,
+        ended: DropGuard,
+    ) -> Self {
         Self {
             file,
             range,
@@ -114,7 +125,8 @@ impl<Guard: Unpin> Body for DownloadBody<Guard> {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         if !self.pending.is_empty() {
             let content = std::mem::take(&mut self.pending);
-            self.progress.fetch_add(content.len() as u64, Ordering::Relaxed);
+            self.progress
+                .fetch_add(content.len() as u64, Ordering::Relaxed);
             return Poll::Ready(Some(Ok(Frame::data(content))));
         }
         match self.state {
@@ -170,8 +182,8 @@ fn put_varint(buffer: &mut BytesMut, mut value: u64) {
 
 #[cfg(test)]
 mod tests {
-    use fwpush_proto::v1::FileChunk;
     use futures::{FutureExt as _, StreamExt as _};
+    use fwpush_proto::v1::FileChunk;
     use http_body_util::BodyStream;
     use proptest::prelude::*;
     use prost::Message as _;
@@ -182,8 +194,17 @@ mod tests {
     /// Decodes a body the way any gRPC client does.
     fn chunks(file: &[u8], range: Range) -> Vec<FileChunk> {
         let guard = CancellationToken::new().drop_guard();
-        let body = DownloadBody::new(Bytes::copy_from_slice(file), range, Arc::default(), (), guard);
-        let frames: Vec<_> = BodyStream::new(body).collect::<Vec<_>>().now_or_never().unwrap();
+        let body = DownloadBody::new(
+            Bytes::copy_from_slice(file),
+            range,
+            Arc::default(),
+            (),
+            guard,
+        );
+        let frames: Vec<_> = BodyStream::new(body)
+            .collect::<Vec<_>>()
+            .now_or_never()
+            .unwrap();
         let mut wire = BytesMut::new();
         let mut status = None;
         for frame in frames {
@@ -232,7 +253,10 @@ mod tests {
     fn offsets_at_and_past_the_end_are_told_apart() {
         let at_end = Range::of(100, 100, 0, 0).unwrap();
         let got = chunks(&[0; 100], at_end);
-        assert_eq!((got.len(), got[0].is_last, got[0].content.len()), (1, true, 0));
+        assert_eq!(
+            (got.len(), got[0].is_last, got[0].content.len()),
+            (1, true, 0)
+        );
         assert_eq!(Range::of(100, 101, 0, 0), None);
         assert_eq!(Range::of(100, u64::MAX, 0, 0), None);
         assert!(Range::of(100, 1, u64::MAX, u32::MAX).is_some());

@@ -29,7 +29,11 @@ use crate::{files::mapped, limits};
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("{operation} file {file}")]
-    Io { operation: &'static str, file: FileId, source: io::Error },
+    Io {
+        operation: &'static str,
+        file: FileId,
+        source: io::Error,
+    },
     #[error("prepare the file store")]
     Open(#[source] io::Error),
     #[error("another upload of this file is under way")]
@@ -72,8 +76,14 @@ impl FileStore {
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         make_dir(&root.join("uploads")).map_err(StoreError::Open)?;
         forget_old_uploads(&root.join("uploads")).map_err(StoreError::Open)?;
-        let inner = Inner { root: root.to_owned(), open: Mutex::default(), uploading: Mutex::default() };
-        Ok(Self { inner: Arc::new(inner) })
+        let inner = Inner {
+            root: root.to_owned(),
+            open: Mutex::default(),
+            uploading: Mutex::default(),
+        };
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// The file, or `None` if it is not here. Blocks on the disk.
@@ -81,8 +91,14 @@ impl FileStore {
         if let Some(file) = self.opened().get(id) {
             return Ok(Some(file.clone()));
         }
-        let failed = |source| StoreError::Io { operation: "open", file: *id, source };
-        let Some(content) = open_found(&self.path(id)).map_err(failed)? else { return Ok(None) };
+        let failed = |source| StoreError::Io {
+            operation: "open",
+            file: *id,
+            source,
+        };
+        let Some(content) = open_found(&self.path(id)).map_err(failed)? else {
+            return Ok(None);
+        };
         let outline = open_found(&self.outline_path(id)).map_err(failed)?;
         let outline = outline.ok_or_else(|| failed(io::Error::other("its outline is missing")))?;
         let file = Arc::new(StoredFile {
@@ -114,7 +130,12 @@ impl FileStore {
                 continue;
             }
             for entry in fs::read_dir(shard.path())? {
-                found.extend(entry?.file_name().to_str().and_then(|name| name.parse::<FileId>().ok()));
+                found.extend(
+                    entry?
+                        .file_name()
+                        .to_str()
+                        .and_then(|name| name.parse::<FileId>().ok()),
+                );
             }
         }
         Ok(found)
@@ -136,7 +157,11 @@ impl FileStore {
         match fs::symlink_metadata(self.upload_path(id)) {
             Ok(found) => Ok(found.len()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-            Err(source) => Err(StoreError::Io { operation: "look for the upload of", file: *id, source }),
+            Err(source) => Err(StoreError::Io {
+                operation: "look for the upload of",
+                file: *id,
+                source,
+            }),
         }
     }
 
@@ -149,12 +174,19 @@ impl FileStore {
             return Err(StoreError::UploadBusy);
         }
         // From here on the guard gives the name free again.
-        let claim = Claim { store: self.clone(), id };
+        let claim = Claim {
+            store: self.clone(),
+            id,
+        };
         let received = self.received(&id)?;
         if offset != received {
             return Err(StoreError::WrongOffset { received, offset });
         }
-        let failed = |source| StoreError::Io { operation: "open the upload of", file: id, source };
+        let failed = |source| StoreError::Io {
+            operation: "open the upload of",
+            file: id,
+            source,
+        };
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -165,15 +197,22 @@ impl FileStore {
             .open(self.upload_path(&id))
             .map_err(failed)?;
         file.seek(SeekFrom::Start(offset)).map_err(failed)?;
-        Ok(Upload { claim, size, received, file })
+        Ok(Upload {
+            claim,
+            size,
+            received,
+            file,
+        })
     }
 
     /// Forgets an unfinished upload; none: nothing.
     pub fn discard(&self, id: &FileId) -> Result<(), StoreError> {
         match fs::remove_file(self.upload_path(id)) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(StoreError::Io { operation: "discard the upload of", file: *id, source })
-            }
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(StoreError::Io {
+                operation: "discard the upload of",
+                file: *id,
+                source,
+            }),
             _ => Ok(()),
         }
     }
@@ -183,11 +222,17 @@ impl FileStore {
     }
 
     fn opened(&self) -> std::sync::MutexGuard<'_, HashMap<FileId, Arc<StoredFile>>> {
-        self.inner.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn uploading(&self) -> std::sync::MutexGuard<'_, HashSet<FileId>> {
-        self.inner.uploading.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner
+            .uploading
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -206,7 +251,9 @@ impl Upload {
         if self.received + bytes.len() as u64 > self.size {
             return Err(StoreError::TooLong { size: self.size });
         }
-        self.file.write_all(bytes).map_err(|source| self.failed("write", source))?;
+        self.file
+            .write_all(bytes)
+            .map_err(|source| self.failed("write", source))?;
         self.received += bytes.len() as u64;
         Ok(())
     }
@@ -220,35 +267,54 @@ impl Upload {
     pub fn finish(mut self) -> Result<Outline, StoreError> {
         let (store, id) = (self.claim.store.clone(), self.claim.id);
         if self.received != self.size {
-            return Err(StoreError::TooShort { received: self.received, size: self.size });
+            return Err(StoreError::TooShort {
+                received: self.received,
+                size: self.size,
+            });
         }
-        self.file.seek(SeekFrom::Start(0)).map_err(|source| self.failed("read back", source))?;
+        self.file
+            .seek(SeekFrom::Start(0))
+            .map_err(|source| self.failed("read back", source))?;
         let outline = outline_of((&self.file).take(limits::FILE_BYTES))
             .map_err(|source| self.failed("hash", source))?;
         if outline.root() != id || outline.size() != self.size {
             store.discard(&id)?;
-            return Err(StoreError::WrongHash { expected: id, found: outline.root() });
+            return Err(StoreError::WrongHash {
+                expected: id,
+                found: outline.root(),
+            });
         }
-        self.publish(&store, &id, &outline).map_err(|source| self.failed("publish", source))?;
+        self.publish(&store, &id, &outline)
+            .map_err(|source| self.failed("publish", source))?;
         Ok(outline)
     }
 
     fn publish(&self, store: &FileStore, id: &FileId, outline: &Outline) -> io::Result<()> {
         self.file.sync_all()?;
         let path = store.path(id);
-        let shard = path.parent().ok_or_else(|| io::Error::other("a path without a parent"))?;
+        let shard = path
+            .parent()
+            .ok_or_else(|| io::Error::other("a path without a parent"))?;
         make_dir(shard)?;
-        let mut beside = tempfile::Builder::new().prefix(".outline-").tempfile_in(shard)?;
+        let mut beside = tempfile::Builder::new()
+            .prefix(".outline-")
+            .tempfile_in(shard)?;
         beside.write_all(&outline.to_bytes())?;
         beside.as_file().sync_all()?;
-        beside.persist(store.outline_path(id)).map_err(|error| error.error)?;
+        beside
+            .persist(store.outline_path(id))
+            .map_err(|error| error.error)?;
         fs::rename(store.upload_path(id), &path)?;
         File::open(shard)?.sync_all()?;
         File::open(&store.inner.root)?.sync_all()
     }
 
     fn failed(&self, operation: &'static str, source: io::Error) -> StoreError {
-        StoreError::Io { operation, file: self.claim.id, source }
+        StoreError::Io {
+            operation,
+            file: self.claim.id,
+            source,
+        }
     }
 }
 
@@ -279,14 +345,19 @@ fn open_found(path: &Path) -> io::Result<Option<File>> {
 }
 
 fn make_dir(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
 }
 
 fn forget_old_uploads(uploads: &Path) -> io::Result<()> {
     for entry in fs::read_dir(uploads)? {
         let entry = entry?;
         let changed = entry.metadata()?.modified()?;
-        let age = SystemTime::now().duration_since(changed).unwrap_or_default();
+        let age = SystemTime::now()
+            .duration_since(changed)
+            .unwrap_or_default();
         if age > limits::UPLOAD_KEPT {
             tracing::info!(file = ?entry.file_name(), "An unfinished upload of last week was forgotten.");
             fs::remove_file(entry.path())?;
@@ -323,15 +394,31 @@ mod tests {
         let (content, id) = image(200_000);
         let mut first = store.upload(id, 200_000, 0).unwrap();
         first.append(&content[..70_000]).unwrap();
-        assert!(matches!(store.upload(id, 200_000, 0), Err(StoreError::UploadBusy)));
+        assert!(matches!(
+            store.upload(id, 200_000, 0),
+            Err(StoreError::UploadBusy)
+        ));
         drop(first);
-        assert!(matches!(store.upload(id, 200_000, 0), Err(StoreError::WrongOffset { received: 70_000, .. })));
-        let mut second = store.upload(id, 200_000, store.received(&id).unwrap()).unwrap();
+        assert!(matches!(
+            store.upload(id, 200_000, 0),
+            Err(StoreError::WrongOffset {
+                received: 70_000,
+                ..
+            })
+        ));
+        let mut second = store
+            .upload(id, 200_000, store.received(&id).unwrap())
+            .unwrap();
         second.append(&content[70_000..]).unwrap();
         second.finish().unwrap();
         let file = store.get(&id).unwrap().unwrap();
         assert_eq!(file.content, content);
-        assert_eq!(Outline::from_bytes(id, 200_000, &file.outline).unwrap().groups(), 4);
+        assert_eq!(
+            Outline::from_bytes(id, 200_000, &file.outline)
+                .unwrap()
+                .groups(),
+            4
+        );
         assert_eq!(store.list().unwrap(), [id]);
     }
 
@@ -340,7 +427,10 @@ mod tests {
         let (_dir, store) = store();
         let (mut content, id) = image(100_000);
         content[99_999] ^= 1;
-        assert!(matches!(put(&store, &content, id), Err(StoreError::WrongHash { .. })));
+        assert!(matches!(
+            put(&store, &content, id),
+            Err(StoreError::WrongHash { .. })
+        ));
         assert!(store.get(&id).unwrap().is_none());
         assert_eq!(store.received(&id).unwrap(), 0);
     }
@@ -350,10 +440,16 @@ mod tests {
         let (_dir, store) = store();
         let (content, id) = image(1_000);
         let mut upload = store.upload(id, 999, 0).unwrap();
-        assert!(matches!(upload.append(&content), Err(StoreError::TooLong { size: 999 })));
+        assert!(matches!(
+            upload.append(&content),
+            Err(StoreError::TooLong { size: 999 })
+        ));
         drop(upload);
         let upload = store.upload(id, 1_000, 0).unwrap();
-        assert!(matches!(upload.finish(), Err(StoreError::TooShort { received: 0, .. })));
+        assert!(matches!(
+            upload.finish(),
+            Err(StoreError::TooShort { received: 0, .. })
+        ));
         assert!(matches!(store.upload(id, 0, 0), Err(StoreError::Size)));
     }
 

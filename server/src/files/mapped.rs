@@ -1,5 +1,8 @@
 //! The one module that maps files.
-#![allow(unsafe_code, reason = "mapping a file is unsafe: another process could change it; the store's files are immutable")]
+#![allow(
+    unsafe_code,
+    reason = "mapping a file is unsafe: another process could change it; the store's files are immutable"
+)]
 
 use std::{fs::File, io};
 

@@ -375,3 +375,67 @@ async fn insert_devices(bench: &Bench, names: &[String]) {
         tx.commit().await.unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore]
+async fn zz_scale() {
+    let mut bench = Bench::sqlite().await;
+    let names: Vec<String> = (0..100_000).map(|n| format!("dev-{n:06}")).collect();
+    insert_devices(&bench, &names).await;
+    let release = bench.publish("1.1.0").await;
+    let t = std::time::Instant::now();
+    let rollout = bench.start(&release, crate::rollouts::Target::All).await;
+    eprintln!("enrol {:?}", t.elapsed());
+    let t = std::time::Instant::now();
+    bench.drive().await;
+    eprintln!("offer {:?}", t.elapsed());
+    let (ingest, stop) = start(&bench);
+    for round in 0..2 {
+        let t = std::time::Instant::now();
+        for chunk in names[..20_000].chunks(1_000) {
+            let mut set = tokio::task::JoinSet::new();
+            for name in chunk.to_vec() {
+                let ingest = ingest.clone();
+                set.spawn(async move {
+                    desired::register(&ingest, &facts("1.0.0"), &id(&name))
+                        .await
+                        .unwrap()
+                });
+            }
+            while let Some(r) = set.join_next().await {
+                r.unwrap();
+            }
+        }
+        eprintln!("register 20k round {round} {:?}", t.elapsed());
+    }
+    let t = std::time::Instant::now();
+    let ack = sink();
+    for (seq, name) in (1..).zip(&names[..20_000]) {
+        while ingest
+            .submit(report(name, 1, seq, accepted()), &ack)
+            .is_err()
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    acked(&ack, 20_000).await;
+    eprintln!("ingest 20k {:?}", t.elapsed());
+    let t = std::time::Instant::now();
+    crate::rollouts::abort(&bench.db, &rollout, "x")
+        .await
+        .unwrap();
+    eprintln!("abort {:?}", t.elapsed());
+    let t = std::time::Instant::now();
+    crate::rollouts::preview(
+        &bench.db,
+        &release,
+        &crate::rollouts::Target::All,
+        crate::rollout::RolloutAction::Install,
+        &|_| true,
+    )
+    .await
+    .unwrap();
+    eprintln!("preview {:?}", t.elapsed());
+    stop.cancel();
+    ingest.stopped().await;
+}

@@ -23,7 +23,9 @@ fn refused(error: DeviceError) -> Status {
         DeviceError::Conflict(_) => Code::AlreadyExists,
         DeviceError::UnknownProduct(_) => Code::FailedPrecondition,
         DeviceError::Unreadable(_) | DeviceError::Nameless(_) => Code::Internal,
-        DeviceError::Days | DeviceError::Hears | DeviceError::Certificate(_) => Code::InvalidArgument,
+        DeviceError::Days | DeviceError::Hears | DeviceError::Certificate(_) => {
+            Code::InvalidArgument
+        }
     };
     Status::new(code, error.to_string())
 }
@@ -37,7 +39,11 @@ pub async fn add(
     if !admin.trust.root().products.contains_key(&product) {
         return Err(refused(DeviceError::UnknownProduct(product)));
     }
-    let channel = if request.channel.is_empty() { "stable" } else { &request.channel };
+    let channel = if request.channel.is_empty() {
+        "stable"
+    } else {
+        &request.channel
+    };
     let asked = Request {
         device: id("client_id", &request.client_id)?,
         product,
@@ -47,7 +53,11 @@ pub async fn add(
         csr: Some(request.csr_pem).filter(|csr| !csr.is_empty()),
         days: request.days,
     };
-    let (record, certificate) = admin.devices.add(asked, operator.as_str()).await.map_err(refused)?;
+    let (record, certificate) = admin
+        .devices
+        .add(asked, operator.as_str())
+        .await
+        .map_err(refused)?;
     let about = &admin.about;
     Ok(v1::AddDeviceResponse {
         device: Some(views::device(&record, &admin.sessions)),
@@ -66,12 +76,20 @@ pub async fn list(
 ) -> Result<v1::ListDevicesResponse, Status> {
     let product: Option<Product> = optional_id("product", &request.product)?;
     let limit = page(request.limit);
-    let total = admin.db.count_devices(product.as_ref()).await.map_err(map::db)?;
+    let total = admin
+        .db
+        .count_devices(product.as_ref())
+        .await
+        .map_err(map::db)?;
     let mut after: Option<DeviceId> = optional_id("after", &request.after)?;
     let mut devices = Vec::new();
     // With `online_only`, pages of the database are gone through until one page of answers is full.
     loop {
-        let filter = DeviceFilter { product: product.clone(), after: after.clone(), limit };
+        let filter = DeviceFilter {
+            product: product.clone(),
+            after: after.clone(),
+            limit,
+        };
         let records = admin.db.list_devices(&filter).await.map_err(map::db)?;
         let whole_page = records.len() == limit as usize;
         after = records.last().map(|record| record.client_id.clone());
@@ -93,7 +111,9 @@ pub async fn get(
 ) -> Result<v1::DeviceDetail, Status> {
     let device: DeviceId = id("client_id", &request.client_id)?;
     let record = admin.devices.get(&device).await.map_err(refused)?;
-    let updates = rollouts::updates_of(&admin.db, &device, UPDATES).await.map_err(super::rollouts::refused)?;
+    let updates = rollouts::updates_of(&admin.db, &device, UPDATES)
+        .await
+        .map_err(super::rollouts::refused)?;
     let events = admin.db.events_of(&device, EVENTS).await.map_err(map::db)?;
     Ok(v1::DeviceDetail {
         device: Some(views::device(&record, &admin.sessions)),
@@ -109,7 +129,10 @@ pub async fn block(
 ) -> Result<v1::Device, Status> {
     let device = id("client_id", &request.client_id)?;
     let reason = crate::wire::cut(&request.reason);
-    let blocked = admin.devices.block(&device, &reason, operator.as_str()).await;
+    let blocked = admin
+        .devices
+        .block(&device, &reason, operator.as_str())
+        .await;
     Ok(views::device(&blocked.map_err(refused)?, &admin.sessions))
 }
 
@@ -129,7 +152,11 @@ pub async fn remove(
     request: v1::RemoveDeviceRequest,
 ) -> Result<v1::RemoveDeviceResponse, Status> {
     let device = id("client_id", &request.client_id)?;
-    admin.devices.remove(&device, operator.as_str()).await.map_err(refused)?;
+    admin
+        .devices
+        .remove(&device, operator.as_str())
+        .await
+        .map_err(refused)?;
     Ok(v1::RemoveDeviceResponse {})
 }
 
@@ -139,7 +166,10 @@ pub async fn set_events(
     request: v1::SetDeviceEventsRequest,
 ) -> Result<v1::Device, Status> {
     let device = id("client_id", &request.client_id)?;
-    let changed = admin.devices.set_hears(&device, request.hears, operator.as_str()).await;
+    let changed = admin
+        .devices
+        .set_hears(&device, request.hears, operator.as_str())
+        .await;
     Ok(views::device(&changed.map_err(refused)?, &admin.sessions))
 }
 
@@ -151,12 +181,22 @@ pub async fn send_text(
     let device: DeviceId = id("client_id", &request.client_id)?;
     if request.text.is_empty() || request.text.len() > limits::MESSAGE_TEXT_BYTES {
         let most = limits::MESSAGE_TEXT_BYTES;
-        return Err(Status::invalid_argument(format!("a text has 1 to {most} bytes")));
+        return Err(Status::invalid_argument(format!(
+            "a text has 1 to {most} bytes"
+        )));
     }
     admin.devices.get(&device).await.map_err(refused)?;
-    let message = ServerMessage { kind: Some(ToDevice::Text(TextMessage { text: request.text })) };
+    let message = ServerMessage {
+        kind: Some(ToDevice::Text(TextMessage { text: request.text })),
+    };
     let outcome = admin.sessions.push(&device, message, 0);
     tracing::info!(device.id = %device, operator.id = %operator, ?outcome, "An operator sent a text.");
-    let outcome = outcome.as_str_name().trim_start_matches("PUSH_OUTCOME_").to_owned();
-    Ok(v1::PushResult { outcome, node_id: admin.about.node_id.to_string() })
+    let outcome = outcome
+        .as_str_name()
+        .trim_start_matches("PUSH_OUTCOME_")
+        .to_owned();
+    Ok(v1::PushResult {
+        outcome,
+        node_id: admin.about.node_id.to_string(),
+    })
 }

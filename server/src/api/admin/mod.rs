@@ -9,12 +9,12 @@ mod views;
 use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
+use futures::stream::BoxStream;
 use fwpush_keys::{
     id::{NodeId, OperatorId, TrustDomain},
     time::Timestamp,
 };
 use fwpush_proto::v1::{self, admin_service_server::AdminService};
-use futures::stream::BoxStream;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tokio_util::sync::CancellationToken;
@@ -60,9 +60,17 @@ type Answer<T> = Result<Response<T>, Status>;
 
 impl Admin {
     /// Authorises and counts a call.
-    fn enter<T>(&self, method: &'static str, request: Request<T>) -> Result<(OperatorId, T), Status> {
+    fn enter<T>(
+        &self,
+        method: &'static str,
+        request: Request<T>,
+    ) -> Result<(OperatorId, T), Status> {
         let operator = authorize::operator(request.extensions());
-        let outcome = if operator.is_ok() { "admitted" } else { "refused" };
+        let outcome = if operator.is_ok() {
+            "admitted"
+        } else {
+            "refused"
+        };
         metrics::counter!(m::OPERATOR_CALLS, "method" => method, "outcome" => outcome).increment(1);
         let operator = operator?;
         tracing::debug!(operator.id = %operator, method, "An operator calls.");
@@ -89,7 +97,10 @@ impl AdminService for Admin {
     type WatchRolloutStream = BoxStream<'static, Result<v1::Rollout, Status>>;
     type BackupStream = BoxStream<'static, Result<v1::BackupChunk, Status>>;
 
-    async fn get_server_info(&self, request: Request<v1::GetServerInfoRequest>) -> Answer<v1::ServerInfo> {
+    async fn get_server_info(
+        &self,
+        request: Request<v1::GetServerInfoRequest>,
+    ) -> Answer<v1::ServerInfo> {
         self.enter("GetServerInfo", request)?;
         Ok(Response::new(v1::ServerInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -106,19 +117,31 @@ impl AdminService for Admin {
         call!(self, request, "GetUpload", uploads::status)
     }
 
-    async fn upload_file(&self, request: Request<Streaming<v1::UploadChunk>>) -> Answer<v1::UploadStatus> {
+    async fn upload_file(
+        &self,
+        request: Request<Streaming<v1::UploadChunk>>,
+    ) -> Answer<v1::UploadStatus> {
         call!(self, request, "UploadFile", uploads::receive)
     }
 
-    async fn publish_release(&self, request: Request<v1::PublishReleaseRequest>) -> Answer<v1::Release> {
+    async fn publish_release(
+        &self,
+        request: Request<v1::PublishReleaseRequest>,
+    ) -> Answer<v1::Release> {
         call!(self, request, "PublishRelease", releases::publish)
     }
 
-    async fn list_releases(&self, request: Request<v1::ListReleasesRequest>) -> Answer<v1::ListReleasesResponse> {
+    async fn list_releases(
+        &self,
+        request: Request<v1::ListReleasesRequest>,
+    ) -> Answer<v1::ListReleasesResponse> {
         call!(self, request, "ListReleases", releases::list)
     }
 
-    async fn publish_trust(&self, request: Request<v1::PublishTrustRequest>) -> Answer<v1::TrustInfo> {
+    async fn publish_trust(
+        &self,
+        request: Request<v1::PublishTrustRequest>,
+    ) -> Answer<v1::TrustInfo> {
         call!(self, request, "PublishTrust", releases::publish_trust)
     }
 
@@ -127,15 +150,24 @@ impl AdminService for Admin {
         Ok(Response::new(views::trust(&self.trust)))
     }
 
-    async fn preview_rollout(&self, request: Request<v1::StartRolloutRequest>) -> Answer<v1::RolloutPreview> {
+    async fn preview_rollout(
+        &self,
+        request: Request<v1::StartRolloutRequest>,
+    ) -> Answer<v1::RolloutPreview> {
         call!(self, request, "PreviewRollout", rollouts::preview)
     }
 
-    async fn start_rollout(&self, request: Request<v1::StartRolloutRequest>) -> Answer<v1::Rollout> {
+    async fn start_rollout(
+        &self,
+        request: Request<v1::StartRolloutRequest>,
+    ) -> Answer<v1::Rollout> {
         call!(self, request, "StartRollout", rollouts::start)
     }
 
-    async fn list_rollouts(&self, request: Request<v1::ListRolloutsRequest>) -> Answer<v1::ListRolloutsResponse> {
+    async fn list_rollouts(
+        &self,
+        request: Request<v1::ListRolloutsRequest>,
+    ) -> Answer<v1::ListRolloutsResponse> {
         call!(self, request, "ListRollouts", rollouts::list)
     }
 
@@ -143,7 +175,10 @@ impl AdminService for Admin {
         call!(self, request, "GetRollout", rollouts::get)
     }
 
-    async fn watch_rollout(&self, request: Request<v1::GetRolloutRequest>) -> Answer<Self::WatchRolloutStream> {
+    async fn watch_rollout(
+        &self,
+        request: Request<v1::GetRolloutRequest>,
+    ) -> Answer<Self::WatchRolloutStream> {
         call!(self, request, "WatchRollout", rollouts::watch)
     }
 
@@ -154,15 +189,24 @@ impl AdminService for Admin {
         call!(self, request, "ListRolloutDevices", rollouts::devices)
     }
 
-    async fn abort_rollout(&self, request: Request<v1::AbortRolloutRequest>) -> Answer<v1::Rollout> {
+    async fn abort_rollout(
+        &self,
+        request: Request<v1::AbortRolloutRequest>,
+    ) -> Answer<v1::Rollout> {
         call!(self, request, "AbortRollout", rollouts::abort)
     }
 
-    async fn add_device(&self, request: Request<v1::AddDeviceRequest>) -> Answer<v1::AddDeviceResponse> {
+    async fn add_device(
+        &self,
+        request: Request<v1::AddDeviceRequest>,
+    ) -> Answer<v1::AddDeviceResponse> {
         call!(self, request, "AddDevice", devices::add)
     }
 
-    async fn list_devices(&self, request: Request<v1::ListDevicesRequest>) -> Answer<v1::ListDevicesResponse> {
+    async fn list_devices(
+        &self,
+        request: Request<v1::ListDevicesRequest>,
+    ) -> Answer<v1::ListDevicesResponse> {
         call!(self, request, "ListDevices", devices::list)
     }
 
@@ -174,15 +218,24 @@ impl AdminService for Admin {
         call!(self, request, "BlockDevice", devices::block)
     }
 
-    async fn unblock_device(&self, request: Request<v1::UnblockDeviceRequest>) -> Answer<v1::Device> {
+    async fn unblock_device(
+        &self,
+        request: Request<v1::UnblockDeviceRequest>,
+    ) -> Answer<v1::Device> {
         call!(self, request, "UnblockDevice", devices::unblock)
     }
 
-    async fn remove_device(&self, request: Request<v1::RemoveDeviceRequest>) -> Answer<v1::RemoveDeviceResponse> {
+    async fn remove_device(
+        &self,
+        request: Request<v1::RemoveDeviceRequest>,
+    ) -> Answer<v1::RemoveDeviceResponse> {
         call!(self, request, "RemoveDevice", devices::remove)
     }
 
-    async fn set_device_events(&self, request: Request<v1::SetDeviceEventsRequest>) -> Answer<v1::Device> {
+    async fn set_device_events(
+        &self,
+        request: Request<v1::SetDeviceEventsRequest>,
+    ) -> Answer<v1::Device> {
         call!(self, request, "SetDeviceEvents", devices::set_events)
     }
 
@@ -204,7 +257,14 @@ impl AdminService for Admin {
         tokio::spawn(async move {
             let _only = only;
             let about = &admin.about;
-            let made = backup::run(&admin.db, &admin.store, &about.trust_dir, &about.scratch_dir, out).await;
+            let made = backup::run(
+                &admin.db,
+                &admin.store,
+                &about.trust_dir,
+                &about.scratch_dir,
+                out,
+            )
+            .await;
             if let Err(error) = made {
                 tracing::error!(error = &error as &dyn std::error::Error, "A backup failed.");
                 let words = "the backup failed; the server's log says why";
@@ -220,7 +280,11 @@ impl AdminService for Admin {
 
 /// The page size that a request asks for.
 fn page(limit: u32) -> u32 {
-    if limit == 0 { limits::PAGE_DEFAULT } else { limit.min(limits::PAGE_MAX) }
+    if limit == 0 {
+        limits::PAGE_DEFAULT
+    } else {
+        limit.min(limits::PAGE_MAX)
+    }
 }
 
 /// An id of a request; the error names the field.
@@ -228,7 +292,8 @@ fn id<Id: std::str::FromStr>(field: &str, text: &str) -> Result<Id, Status>
 where
     Id::Err: std::fmt::Display,
 {
-    text.parse().map_err(|error| Status::invalid_argument(format!("{field}: {error}")))
+    text.parse()
+        .map_err(|error| Status::invalid_argument(format!("{field}: {error}")))
 }
 
 /// An id that may be left out.
@@ -236,5 +301,9 @@ fn optional_id<Id: std::str::FromStr>(field: &str, text: &str) -> Result<Option<
 where
     Id::Err: std::fmt::Display,
 {
-    if text.is_empty() { Ok(None) } else { id(field, text).map(Some) }
+    if text.is_empty() {
+        Ok(None)
+    } else {
+        id(field, text).map(Some)
+    }
 }

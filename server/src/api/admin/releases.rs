@@ -16,7 +16,10 @@ pub async fn publish(
     operator: &OperatorId,
     request: v1::PublishReleaseRequest,
 ) -> Result<v1::Release, Status> {
-    let published = admin.releases.publish(&request.envelope, &request.file_name, operator.as_str()).await;
+    let published = admin
+        .releases
+        .publish(&request.envelope, &request.file_name, operator.as_str())
+        .await;
     let row = published.map_err(refused)?;
     Ok(views::release(&row))
 }
@@ -25,7 +28,9 @@ pub async fn publish(
 pub fn refused(error: PublishError) -> Status {
     let code = match &error {
         PublishError::Db(_) => Code::Unavailable,
-        PublishError::SeqTaken(_) | PublishError::VersionTaken(_) | PublishError::IdTaken(_) => Code::AlreadyExists,
+        PublishError::SeqTaken(_) | PublishError::VersionTaken(_) | PublishError::IdTaken(_) => {
+            Code::AlreadyExists
+        }
         PublishError::OlderSeq { .. }
         | PublishError::Missing(_)
         | PublishError::Expired(_)
@@ -33,7 +38,9 @@ pub fn refused(error: PublishError) -> Status {
         | PublishError::Revoked(_)
         | PublishError::BelowFloor { .. }
         | PublishError::Size { .. } => Code::FailedPrecondition,
-        PublishError::Envelope(_) | PublishError::Product | PublishError::FileName => Code::InvalidArgument,
+        PublishError::Envelope(_) | PublishError::Product | PublishError::FileName => {
+            Code::InvalidArgument
+        }
         PublishError::Refused(_) => Code::PermissionDenied,
     };
     match error {
@@ -48,8 +55,14 @@ pub async fn list(
     request: v1::ListReleasesRequest,
 ) -> Result<v1::ListReleasesResponse, Status> {
     let product: Option<Product> = optional_id("product", &request.product)?;
-    let releases = admin.db.list_releases(product.as_ref()).await.map_err(map::db)?;
-    Ok(v1::ListReleasesResponse { releases: releases.iter().map(|row| views::release(row)).collect() })
+    let releases = admin
+        .db
+        .list_releases(product.as_ref())
+        .await
+        .map_err(map::db)?;
+    Ok(v1::ListReleasesResponse {
+        releases: releases.iter().map(|row| views::release(row)).collect(),
+    })
 }
 
 pub async fn publish_trust(
@@ -57,15 +70,28 @@ pub async fn publish_trust(
     operator: &OperatorId,
     request: v1::PublishTrustRequest,
 ) -> Result<v1::TrustInfo, Status> {
-    let published = admin.trust.publish(&request.envelope, operator.as_str()).await.map_err(trust_refused)?;
+    let published = admin
+        .trust
+        .publish(&request.envelope, operator.as_str())
+        .await
+        .map_err(trust_refused)?;
     let lists = match published {
         Published::Root => Vec::new(),
         Published::Revocation(product) => vec![product],
         // The call before this one may have been cut between the list's commit and what follows from it.
-        Published::Same => admin.trust.revocations().iter().map(|list| list.product.clone()).collect(),
+        Published::Same => admin
+            .trust
+            .revocations()
+            .iter()
+            .map(|list| list.product.clone())
+            .collect(),
     };
     for product in lists {
-        admin.trust.apply_revocation(&product, operator.as_str()).await.map_err(map::db)?;
+        admin
+            .trust
+            .apply_revocation(&product, operator.as_str())
+            .await
+            .map_err(map::db)?;
     }
     Ok(views::trust(&admin.trust))
 }

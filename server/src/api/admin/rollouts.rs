@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use futures::{StreamExt as _, stream::BoxStream};
 use fwpush_keys::id::{DeviceId, OperatorId, ReleaseId, RolloutId};
 use fwpush_proto::v1;
-use futures::{StreamExt as _, stream::BoxStream};
 use tonic::{Code, Status};
 
 use super::{Admin, id, optional_id, page, views};
@@ -27,7 +27,8 @@ pub fn refused(error: RolloutError) -> Status {
 }
 
 fn target(target: Option<v1::Target>) -> Result<Target, Status> {
-    let target = target.ok_or_else(|| Status::invalid_argument("no target: all devices, or a list of them"))?;
+    let target = target
+        .ok_or_else(|| Status::invalid_argument("no target: all devices, or a list of them"))?;
     match (target.all, target.device_ids.len()) {
         (true, 0) => Ok(Target::All),
         (false, 1..=limits::ROLLOUT_DEVICE_IDS) => {
@@ -37,9 +38,13 @@ fn target(target: Option<v1::Target>) -> Result<Target, Status> {
         (false, 0) => Err(Status::invalid_argument("the target is empty")),
         (false, _) => {
             let most = limits::ROLLOUT_DEVICE_IDS;
-            Err(Status::invalid_argument(format!("a target lists at most {most} devices; use `all`")))
+            Err(Status::invalid_argument(format!(
+                "a target lists at most {most} devices; use `all`"
+            )))
         }
-        (true, _) => Err(Status::invalid_argument("a target is either all devices or a list of them")),
+        (true, _) => Err(Status::invalid_argument(
+            "a target is either all devices or a list of them",
+        )),
     }
 }
 
@@ -47,7 +52,9 @@ fn action(action: v1::Action) -> Result<RolloutAction, Status> {
     match action {
         v1::Action::Install => Ok(RolloutAction::Install),
         v1::Action::Rollback => Ok(RolloutAction::Rollback),
-        _ => Err(Status::invalid_argument("a rollout's action is INSTALL or ROLLBACK")),
+        _ => Err(Status::invalid_argument(
+            "a rollout's action is INSTALL or ROLLBACK",
+        )),
     }
 }
 
@@ -62,11 +69,21 @@ pub async fn preview(
         let row = admin.db.release(&release).await.map_err(map::db)?;
         row.ok_or_else(|| refused(RolloutError::UnknownRelease(release)))?
     } else {
-        let release = admin.releases.verify(&request.envelope).map_err(super::releases::refused)?;
+        let release = admin
+            .releases
+            .verify(&request.envelope)
+            .map_err(super::releases::refused)?;
         Arc::new(ReleaseRow::of(&release, "preview", admin.db.now()))
     };
     let online = |device: &DeviceId| admin.sessions.is_online(device);
-    let preview = rollouts::preview(&admin.db, &release, &target(request.target)?, action, &online).await;
+    let preview = rollouts::preview(
+        &admin.db,
+        &release,
+        &target(request.target)?,
+        action,
+        &online,
+    )
+    .await;
     Ok(views::preview(preview.map_err(refused)?))
 }
 
@@ -82,7 +99,9 @@ pub async fn start(
         target: target(request.target)?,
         actor: operator.to_string(),
     };
-    Ok(views::rollout(&rollouts::start(&admin.db, start).await.map_err(refused)?))
+    Ok(views::rollout(
+        &rollouts::start(&admin.db, start).await.map_err(refused)?,
+    ))
 }
 
 pub async fn list(
@@ -90,9 +109,15 @@ pub async fn list(
     _: &OperatorId,
     request: v1::ListRolloutsRequest,
 ) -> Result<v1::ListRolloutsResponse, Status> {
-    let limit = if request.limit == 0 { 50 } else { request.limit.min(500) };
+    let limit = if request.limit == 0 {
+        50
+    } else {
+        request.limit.min(500)
+    };
     let rollouts = rollouts::list(&admin.db, limit).await.map_err(refused)?;
-    Ok(v1::ListRolloutsResponse { rollouts: rollouts.iter().map(views::rollout).collect() })
+    Ok(v1::ListRolloutsResponse {
+        rollouts: rollouts.iter().map(views::rollout).collect(),
+    })
 }
 
 pub async fn get(
@@ -101,7 +126,9 @@ pub async fn get(
     request: v1::GetRolloutRequest,
 ) -> Result<v1::Rollout, Status> {
     let rollout: RolloutId = id("rollout_id", &request.rollout_id)?;
-    Ok(views::rollout(&rollouts::get(&admin.db, &rollout).await.map_err(refused)?))
+    Ok(views::rollout(
+        &rollouts::get(&admin.db, &rollout).await.map_err(refused)?,
+    ))
 }
 
 /// The rollout now, and again after each change, until it is no longer active or the server stops.
@@ -115,9 +142,19 @@ pub async fn watch(
     let rollout: RolloutId = id("rollout_id", &request.rollout_id)?;
     let mut changes = admin.db.changes();
     changes.mark_unchanged();
-    let watcher = Watcher { admin: admin.clone(), rollout, changes, shown: first.clone() };
-    let rest = futures::stream::unfold(Some(watcher), |watcher| async move { watcher?.next().await });
-    Ok(futures::stream::once(async move { Ok(first) }).chain(rest).boxed())
+    let watcher = Watcher {
+        admin: admin.clone(),
+        rollout,
+        changes,
+        shown: first.clone(),
+    };
+    let rest = futures::stream::unfold(
+        Some(watcher),
+        |watcher| async move { watcher?.next().await },
+    );
+    Ok(futures::stream::once(async move { Ok(first) })
+        .chain(rest)
+        .boxed())
 }
 
 struct Watcher {
@@ -166,10 +203,23 @@ pub async fn devices(
     let after: Option<DeviceId> = optional_id("after", &request.after)?;
     let phase = match request.phase {
         0 => None,
-        phase => Some(Phase::from_i32(phase).ok_or_else(|| Status::invalid_argument("unknown phase"))?),
+        phase => {
+            Some(Phase::from_i32(phase).ok_or_else(|| Status::invalid_argument("unknown phase"))?)
+        }
     };
-    let rows = rollouts::devices(&admin.db, &rollout, phase, after.as_ref(), page(request.limit)).await;
-    let devices = rows.map_err(refused)?.iter().map(views::rollout_device).collect();
+    let rows = rollouts::devices(
+        &admin.db,
+        &rollout,
+        phase,
+        after.as_ref(),
+        page(request.limit),
+    )
+    .await;
+    let devices = rows
+        .map_err(refused)?
+        .iter()
+        .map(views::rollout_device)
+        .collect();
     Ok(v1::ListRolloutDevicesResponse { devices })
 }
 
@@ -179,7 +229,9 @@ pub async fn abort(
     request: v1::AbortRolloutRequest,
 ) -> Result<v1::Rollout, Status> {
     let rollout: RolloutId = id("rollout_id", &request.rollout_id)?;
-    let aborted = rollouts::abort(&admin.db, &rollout, operator.as_str()).await.map_err(refused)?;
+    let aborted = rollouts::abort(&admin.db, &rollout, operator.as_str())
+        .await
+        .map_err(refused)?;
     tracing::info!(operator.id = %operator, rollout.id = %rollout, "A rollout was aborted.");
     Ok(views::rollout(&aborted))
 }

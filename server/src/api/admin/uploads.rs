@@ -12,7 +12,8 @@ async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Status> {
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| Status::internal("the file store failed"))?.map_err(map::store)
+    done.map_err(|_| Status::internal("the file store failed"))?
+        .map_err(map::store)
 }
 
 pub async fn status(
@@ -42,7 +43,11 @@ pub async fn status(
         // A crash between the file's rename and the database's commit is made good here.
         admin.db.add_file(&file, received).await.map_err(map::db)?;
     }
-    Ok(v1::UploadStatus { file_id: request.file_id, received, complete })
+    Ok(v1::UploadStatus {
+        file_id: request.file_id,
+        received,
+        complete,
+    })
 }
 
 pub async fn receive(
@@ -51,8 +56,12 @@ pub async fn receive(
     mut chunks: Streaming<v1::UploadChunk>,
 ) -> Result<v1::UploadStatus, Status> {
     let place = admin.uploads.clone().try_acquire_owned();
-    let _place = place.map_err(|_| Status::resource_exhausted("too many uploads now; try again later"))?;
-    let first = chunks.message().await?.ok_or_else(|| Status::invalid_argument("no chunk came"))?;
+    let _place =
+        place.map_err(|_| Status::resource_exhausted("too many uploads now; try again later"))?;
+    let first = chunks
+        .message()
+        .await?
+        .ok_or_else(|| Status::invalid_argument("no chunk came"))?;
     let file: FileId = id("file_id", &first.file_id)?;
     let (size, offset, store) = (first.size, first.offset, admin.store.clone());
     let mut upload = on_disk(move || store.upload(file, size, offset)).await?;
@@ -60,7 +69,9 @@ pub async fn receive(
     while let Some(chunk) = next {
         if chunk.content.len() > limits::UPLOAD_CHUNK_BYTES {
             let most = limits::UPLOAD_CHUNK_BYTES;
-            return Err(Status::invalid_argument(format!("a chunk has at most {most} bytes")));
+            return Err(Status::invalid_argument(format!(
+                "a chunk has at most {most} bytes"
+            )));
         }
         if chunk.offset != upload.received() {
             let (offset, received) = (chunk.offset, upload.received());
@@ -82,5 +93,9 @@ pub async fn receive(
     on_disk(move || upload.finish()).await?;
     admin.db.add_file(&file, size).await.map_err(map::db)?;
     tracing::info!(operator.id = %operator, file = %file, bytes = size, "An image was uploaded.");
-    Ok(v1::UploadStatus { file_id: file.to_string(), received: size, complete: true })
+    Ok(v1::UploadStatus {
+        file_id: file.to_string(),
+        received: size,
+        complete: true,
+    })
 }

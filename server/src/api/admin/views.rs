@@ -35,14 +35,21 @@ pub fn release(row: &ReleaseRow) -> v1::Release {
         hw: row
             .hw
             .iter()
-            .map(|hw| v1::HwRange { id: hw.id.to_string(), rev_min: hw.rev_min, rev_max: hw.rev_max })
+            .map(|hw| v1::HwRange {
+                id: hw.id.to_string(),
+                rev_min: hw.rev_min,
+                rev_max: hw.rev_max,
+            })
             .collect(),
     }
 }
 
 fn running(image: &RunningImage) -> v1::RunningImage {
     v1::RunningImage {
-        release_id: image.release_id.map(|id| id.to_string()).unwrap_or_default(),
+        release_id: image
+            .release_id
+            .map(|id| id.to_string())
+            .unwrap_or_default(),
         version: image.version.clone(),
         security_counter: image.security_counter,
         slot: image.slot.clone(),
@@ -63,7 +70,11 @@ pub fn device(record: &DeviceRecord, sessions: &Sessions) -> v1::Device {
         current: Some(running(&record.current)),
         desired_generation: record.desired_generation,
         // The database hears of a live device only every few minutes.
-        last_seen_at_ms: if online { Timestamp::now().as_ms() } else { ms(record.last_seen_at) },
+        last_seen_at_ms: if online {
+            Timestamp::now().as_ms()
+        } else {
+            ms(record.last_seen_at)
+        },
         created_at_ms: record.created_at.as_ms(),
         agent_version: record.agent_version.clone(),
         attributes: record.attributes.clone().into_iter().collect(),
@@ -72,11 +83,19 @@ pub fn device(record: &DeviceRecord, sessions: &Sessions) -> v1::Device {
 }
 
 pub fn event(row: EventRow) -> v1::Event {
-    v1::Event { at_ms: row.at.as_ms(), kind: row.kind, details: row.details, actor: row.actor }
+    v1::Event {
+        at_ms: row.at.as_ms(),
+        kind: row.kind,
+        details: row.details,
+        actor: row.actor,
+    }
 }
 
 fn error(error: &ReportError) -> v1::UpdateError {
-    v1::UpdateError { code: error.code.clone(), message: error.message.clone() }
+    v1::UpdateError {
+        code: error.code.clone(),
+        message: error.message.clone(),
+    }
 }
 
 pub fn rollout_device(row: &RolloutDeviceRow) -> v1::RolloutDevice {
@@ -112,7 +131,10 @@ pub fn rollout(view: &RolloutView) -> v1::Rollout {
         phases: view
             .phases
             .iter()
-            .map(|(phase, devices)| v1::PhaseCount { phase: phase.as_i32(), devices: *devices })
+            .map(|(phase, devices)| v1::PhaseCount {
+                phase: phase.as_i32(),
+                devices: *devices,
+            })
             .collect(),
         bytes_done: view.bytes_done,
         bytes_total: view.bytes_total,
@@ -153,7 +175,10 @@ pub fn trust(docs: &TrustDocs) -> v1::TrustInfo {
         .iter()
         .map(|list| v1::RevocationInfo {
             product: list.product.to_string(),
-            version: Some(v1::RevocationVersion { root_version: list.root_version, version: list.version }),
+            version: Some(v1::RevocationVersion {
+                root_version: list.root_version,
+                version: list.version,
+            }),
             revoked: u32::try_from(list.revoked.len()).unwrap_or(u32::MAX),
             min_security_counter: list.min_security_counter,
             envelope: Bytes::copy_from_slice(list.envelope()),
