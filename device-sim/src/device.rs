@@ -1,6 +1,7 @@
 //! One simulated device: a board, its state directory and its link, and the agents that run on it one after another.
 
 use std::{
+    convert::Infallible,
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -201,7 +202,8 @@ impl Device {
         place: Option<OwnedSemaphorePermit>,
         stop: &CancellationToken,
     ) -> End {
-        let mut agent = match Agent::new(self.parts(place)) {
+        let place = Arc::new(Place(Mutex::new(place)));
+        let mut agent = match Agent::new(self.parts(&place)) {
             Ok(agent) => agent,
             Err(error) => return End::Failed(error),
         };
@@ -216,6 +218,7 @@ impl Device {
             () = self.kill.notified() => return End::Killed,
             _ = power.wait_for(|on| !on) => return End::PowerLost,
             () = stop_deadline(stop) => return End::Stopped,
+            never = place.leave_in_time() => match never {},
         };
         match exit {
             Ok(Exit::RebootDue) => End::Reboot,
@@ -226,7 +229,7 @@ impl Device {
         }
     }
 
-    fn parts(self: &Arc<Self>, place: Option<OwnedSemaphorePermit>) -> AgentParts<MemorySlots> {
+    fn parts(self: &Arc<Self>, place: &Arc<Place>) -> AgentParts<MemorySlots> {
         let config = &self.shared.config;
         let life = self.lives.fetch_add(1, Ordering::Relaxed) + 1;
         let rng_parts = [self.id.as_str(), &life.to_string()];
@@ -243,7 +246,7 @@ impl Device {
         settings.transfer = config.transfer.clone();
         settings.reconnect = config.reconnect.clone();
         let (asked, seen) = (self.clone(), self.clone());
-        let place = Mutex::new(place);
+        let place = place.clone();
         AgentParts {
             settings,
             credentials: self.credentials.clone(),
@@ -267,12 +270,11 @@ impl Device {
                 if !seen.lives_in(life) {
                     return;
                 }
-                if matches!(
-                    event,
-                    AgentEvent::Registered { .. } | AgentEvent::Disconnected { .. }
-                ) {
-                    // Others may start now, however this one's start went.
-                    drop(place.lock().unwrap_or_else(PoisonError::into_inner).take());
+                if let AgentEvent::Registered { .. }
+                | AgentEvent::Disconnected { .. }
+                | AgentEvent::IdentityRefused { .. } = event
+                {
+                    place.leave();
                 }
                 seen.event(&event);
             }),
@@ -365,6 +367,23 @@ impl Device {
 
     fn plan(&self) -> MutexGuard<'_, Plan> {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place in the row of agents that start; `None` once it was left.
+struct Place(Mutex<Option<OwnedSemaphorePermit>>);
+
+impl Place {
+    /// Others may start now, however this one's start went.
+    fn leave(&self) {
+        drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Leaves when the time is over, and never ends.
+    async fn leave_in_time(&self) -> Infallible {
+        tokio::time::sleep(limits::STARTING_TIME).await;
+        self.leave();
+        std::future::pending().await
     }
 }
 

@@ -259,3 +259,131 @@ fn confirmed(report: &Report) -> ConfirmedReport {
         what,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A persisted state whose outbox holds these reports.
+    fn persisted(reports: &[(u64, ReportKind)]) -> State {
+        let report = |(seq, kind): &(u64, ReportKind)| Report {
+            seq: *seq,
+            boot_count: 1,
+            generation: 4,
+            kind: kind.clone(),
+        };
+        let kept: Vec<_> = reports.iter().map(report).collect();
+        let mut state = serde_json::to_value(State::new("00".to_owned())).unwrap();
+        state["outbox"]["kept"] = serde_json::to_value(kept).unwrap();
+        serde_json::from_value(state).unwrap()
+    }
+
+    fn accepted() -> ReportKind {
+        ReportKind::Reply {
+            nonce: "n".to_owned(),
+            decision: Decision::Accepted,
+        }
+    }
+
+    fn phase(phase: Phase) -> ReportKind {
+        ReportKind::Phase {
+            attempt: 1,
+            phase,
+            bytes_done: 0,
+            bytes_total: 0,
+            error: None,
+            current: None,
+        }
+    }
+
+    fn acked(track: &mut Track, upto_seq: u64) {
+        track.event(&AgentEvent::Acked { upto_seq }, Instant::now());
+    }
+
+    #[test]
+    fn the_newest_confirmed_report_is_known_by_what_it_said() {
+        let mut track = Track::default();
+        track.persisted(&persisted(&[(1, accepted())]));
+        assert!(!track.all_confirmed());
+        assert_eq!(track.confirmed, None);
+        // Installing was superseded before it was sent; one number covers both.
+        track.persisted(&persisted(&[
+            (1, accepted()),
+            (2, phase(Phase::Installing)),
+        ]));
+        track.persisted(&persisted(&[(1, accepted()), (3, phase(Phase::Succeeded))]));
+        acked(&mut track, 1);
+        assert_eq!(
+            track.confirmed.as_ref().map(|report| report.what),
+            Some("ACCEPTED")
+        );
+        assert!(!track.all_confirmed());
+        acked(&mut track, 3);
+        let expected = ConfirmedReport {
+            seq: 3,
+            generation: 4,
+            what: "SUCCEEDED",
+        };
+        assert_eq!(track.confirmed, Some(expected.clone()));
+        assert!(track.all_confirmed());
+        // Progress has numbers too, and is not kept.
+        acked(&mut track, 9);
+        assert_eq!(track.confirmed, Some(expected));
+    }
+
+    #[test]
+    fn an_update_keeps_the_moments_of_its_first_notice_and_its_end() {
+        let mut track = Track::default();
+        let zero = Instant::now();
+        let at = |seconds| zero + std::time::Duration::from_secs(seconds);
+        let notice = AgentEvent::Notice {
+            generation: 4,
+            action: Action::Install,
+        };
+        let ended = AgentEvent::Phase {
+            generation: 4,
+            phase: Phase::Failed,
+            failure: None,
+        };
+        track.event(&notice, at(1));
+        track.event(&ended, at(2));
+        // Sent again after a reconnect, and answered with the known outcome.
+        track.event(&notice, at(3));
+        track.event(&ended, at(4));
+        let [update] = track.updates.make_contiguous() else {
+            panic!("one update")
+        };
+        assert_eq!((update.heard_at, update.ended_at), (at(1), Some(at(2))));
+    }
+
+    #[test]
+    fn a_hold_is_no_update_and_old_updates_are_forgotten() {
+        let mut track = Track::default();
+        for generation in 1..100 {
+            let action = if generation % 2 == 0 {
+                Action::Hold
+            } else {
+                Action::Install
+            };
+            track.event(&AgentEvent::Notice { generation, action }, Instant::now());
+        }
+        assert_eq!(track.updates.len(), limits::UPDATES_REMEMBERED);
+        assert!(
+            track
+                .updates
+                .iter()
+                .all(|update| update.generation % 2 == 1)
+        );
+        assert_eq!(
+            track.updates.back().map(|update| update.generation),
+            Some(99)
+        );
+    }
+
+    #[test]
+    fn long_words_are_cut() {
+        let mut track = Track::default();
+        track.troubled(&"ä".repeat(limits::WORDS_BYTES));
+        assert_eq!(track.trouble.unwrap().len(), limits::WORDS_BYTES);
+    }
+}
