@@ -30,6 +30,9 @@ const RATIO_GOAL: f64 = 1.3;
 /// One device on loopback.
 const RATE_GOAL_GIB_PER_S: f64 = 1.0;
 
+/// A row of the table: what, from which figure, digits, goal.
+type Line<'a> = (&'a str, fn(&Round) -> f64, usize, &'a str);
+
 /// What one server needed in one round.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Served {
@@ -258,7 +261,7 @@ impl Report for Download {
             self.device_gib_per_s >= RATE_GOAL_GIB_PER_S,
             &format!("at least {RATE_GOAL_GIB_PER_S:.0}"),
         );
-        let lines: [(&str, fn(&Round) -> f64, usize, &str); 12] = [
+        let lines: [Line; 12] = [
             (
                 "server CPU-s/GiB, fwpush",
                 |r| r.fwpush.server_cpu_s_per_gib,
