@@ -14,6 +14,8 @@ use fwpush_tests::{
     site::Site,
 };
 
+use rustix::process::Signal;
+
 use super::{beat, offline, online, reconnect};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -165,6 +167,24 @@ async fn the_agent_notices_a_silent_line_and_connects_again() {
             .line_after(before, "Not connected; trying again.");
         assert!(line.contains("not a byte from the server"), "{line}");
         device.agent().line_after(at, "Registered.");
+        device
+    });
+    let device = device.await.unwrap();
+    assert!(online(&site, "dev-1").await);
+    drop(device);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_stood_still_comes_back() {
+    let site = Site::started();
+    let mut device = Device::add(&site, "dev-1", SLOT_BYTES);
+    device.start().line_with("Registered.");
+    let before = device.agent().lines().len();
+    device.agent().signal(Signal::STOP);
+    offline(&site, "dev-1").await;
+    device.agent().signal(Signal::CONT);
+    let device = tokio::task::spawn_blocking(move || {
+        device.agent().line_after(before, "Registered.");
         device
     });
     let device = device.await.unwrap();
