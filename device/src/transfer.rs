@@ -282,3 +282,95 @@ impl Pace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    fn tries() -> (Tries, SmallRng) {
+        (
+            Tries::new(&TransferSettings::default()),
+            SmallRng::seed_from_u64(3),
+        )
+    }
+
+    fn refused_group(index: u64) -> PullError {
+        PullError::Sink(SinkError::Group { index, bytes: 0..1 })
+    }
+
+    fn cut() -> PullError {
+        PullError::Link(Box::new(tonic::Status::unavailable("gone")))
+    }
+
+    #[test]
+    fn a_broken_link_is_tried_for_ever_with_waits_of_at_most_a_minute() {
+        let (mut tries, mut random) = tries();
+        let waits: Vec<_> = (0..1_000)
+            .map(|_| tries.after(cut(), &mut random).unwrap())
+            .collect();
+        assert!(waits[0] <= limits::RETRY_MIN * 2);
+        assert!(waits.iter().all(|wait| *wait <= limits::RETRY_MAX));
+        assert!(
+            waits[100..]
+                .iter()
+                .any(|wait| *wait > limits::RETRY_MAX / 2)
+        );
+        tries.progress();
+        assert!(tries.after(cut(), &mut random).unwrap() <= limits::RETRY_MIN * 2);
+    }
+
+    #[test]
+    fn a_stalled_link_is_asked_for_smaller_chunks() {
+        let (mut tries, mut random) = tries();
+        for _ in 0..20 {
+            tries.after(PullError::Stalled, &mut random).unwrap();
+        }
+        assert_eq!(tries.chunk_bytes, *limits::CHUNK_BYTES_RANGE.start());
+    }
+
+    #[test]
+    fn a_group_that_is_wrong_every_time_ends_the_transfer_and_single_ones_do_not() {
+        let (mut tries, mut random) = tries();
+        for _ in 1..limits::REFUSALS_PER_GROUP {
+            tries.after(refused_group(5), &mut random).unwrap();
+        }
+        let trouble = tries.after(refused_group(5), &mut random).unwrap_err();
+        assert_eq!(trouble.failure.code, "GROUP_MISMATCH");
+        assert!(!trouble.transient);
+        let (mut tries, mut random) = self::tries();
+        for index in 1..u64::from(limits::REFUSALS_PER_TRANSFER) {
+            tries.after(refused_group(index), &mut random).unwrap();
+            tries.progress();
+        }
+        assert!(
+            tries.after(refused_group(99), &mut random).is_err(),
+            "the link is not worth more"
+        );
+    }
+
+    #[test]
+    fn a_busy_server_is_never_given_up_and_never_asked_before_its_time() {
+        let (mut tries, mut random) = tries();
+        let wait = Duration::from_secs(7);
+        for _ in 0..1_000 {
+            let waits = tries.after(PullError::Busy(wait), &mut random).unwrap();
+            assert!((wait..=wait * 2).contains(&waits));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bandwidth_limit_holds_on_average() {
+        let start = Instant::now();
+        let mut pace = Pace::new(Some(1_000_000));
+        for _ in 0..5 {
+            pace.wait().await;
+            pace.received(10_000);
+        }
+        pace.wait().await;
+        assert!(start.elapsed() >= Duration::from_millis(50));
+        Pace::new(Some(0)).wait().await;
+        Pace::new(None).wait().await;
+    }
+}

@@ -2,5 +2,7 @@
 
 mod bench;
 mod downloads;
+mod server;
 mod sessions;
+mod slots;
 mod updates;

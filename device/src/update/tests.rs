@@ -1,6 +1,7 @@
 //! The updater on a simulated device: told as stories, then driven at random.
 
 mod random;
+mod releases;
 mod stories;
 mod trials;
 mod world;

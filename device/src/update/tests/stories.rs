@@ -194,6 +194,22 @@ fn a_file_that_the_manifest_does_not_name_is_rejected() {
 }
 
 #[test]
+fn a_server_cannot_use_the_generations_up() {
+    let mut world = World::new();
+    let last = limits::GENERATION_MAX;
+    for generation in [last, limits::GENERATION_FIRST_MAX + 1] {
+        world.order(generation, Action::Hold);
+        assert_eq!(world.updater.state().observed_generation, 0);
+    }
+    // A device whose state was lost may meet a server that has counted for long.
+    world.order(1_000_000_000, Action::Hold);
+    assert_eq!(world.updater.state().observed_generation, 1_000_000_000);
+    world.order(last, Action::Hold);
+    world.offer(1_000_000_001, &Spec::good(1));
+    assert_eq!(world.updater.state().observed_generation, 1_000_000_001);
+}
+
+#[test]
 fn a_hold_that_is_said_again_is_not_answered_again() {
     let mut world = World::new();
     world.order(1, Action::Hold);

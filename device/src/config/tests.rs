@@ -1,0 +1,89 @@
+use super::*;
+
+/// What `fwpush device add ID --out DIR` writes.
+const WHOLE: &str = r#"
+servers = ["localhost:7443", "[::1]:7443", "192.0.2.1:7443"]
+trust_domain = "example"
+client_id = "dev-1"
+product = "gateway"
+hw_id = "board-a"
+hw_rev = 1
+channels = ["stable"]
+state_dir = "state"
+[identity]
+certificate = "device.crt"
+key = "device.key"
+node_ca = "node-ca.crt"
+root = "root.json"
+[slots]
+kind = "files"
+a = "slot-a.img"
+b = "/dev/slot-b"
+capacity_bytes = 268435456
+boot_record = "boot.rec"
+boot = "emulated"
+[running]
+version = "1.0.0"
+security_counter = 3
+[health]
+command = ["sh", "-c", "true"]
+timeout_s = 60
+confirm_timeout_s = 600
+[transfer]
+stream_window_bytes = 4194304
+"#;
+
+fn parse(text: &str) -> Result<Config, ConfigError> {
+    Config::parse(text, Path::new("/etc/fwpush/agent.toml"))
+}
+
+fn refusal(from: &str, to: &str) -> String {
+    assert!(WHOLE.contains(from));
+    error_text(&parse(&WHOLE.replace(from, to)).unwrap_err())
+}
+
+#[test]
+fn paths_are_relative_to_the_file_and_values_arrive() {
+    let config = parse(WHOLE).unwrap();
+    assert_eq!(config.state_dir(), Path::new("/etc/fwpush/state"));
+    let slots = config.slots();
+    assert_eq!(
+        slots.paths,
+        [
+            PathBuf::from("/etc/fwpush/slot-a.img"),
+            PathBuf::from("/dev/slot-b")
+        ]
+    );
+    assert_eq!(
+        (slots.capacity, slots.first_image.security_counter),
+        (268_435_456, 3)
+    );
+    let settings = config.settings();
+    assert_eq!((settings.servers.len(), settings.built_in_floor), (3, 3));
+    assert_eq!(settings.transfer.stream_window_bytes, 4 << 20);
+    assert_eq!(settings.transfer.chunk_bytes, limits::CHUNK_BYTES);
+    assert!(config.health().check.is_some());
+}
+
+#[test]
+fn optional_sections_may_be_missing() {
+    let (head, _) = WHOLE.split_once("[health]").unwrap();
+    let config = parse(head).unwrap();
+    assert!(config.health().check.is_none());
+    assert_eq!(config.health().confirm_timeout, limits::CONFIRM_TIMEOUT);
+}
+
+#[test]
+fn errors_name_the_key_and_say_what_to_write() {
+    assert!(refusal("hw_rev = 1", "hw_revision = 1").contains("hw_revision"));
+    assert!(refusal("\"localhost:7443\"", "\"localhost\"").contains("HOST:PORT"));
+    assert!(refusal("\"localhost:7443\"", "\":7443\"").contains("HOST:PORT"));
+    assert!(refusal("client_id = \"dev-1\"", "client_id = \"../x\"").contains("device id"));
+    assert!(refusal("[\"stable\"]", "[]").contains("channels"));
+    assert!(refusal("268435456", "0").contains("slots.capacity_bytes"));
+    assert!(refusal("\"emulated\"", "\"magic\"").contains("magic"));
+    assert!(refusal("4194304", "100").contains("transfer.stream_window_bytes"));
+    assert!(refusal("[\"sh\", \"-c\", \"true\"]", "[]").contains("health.command"));
+    let missing = error_text(&Config::load(Path::new("/does/not/exist.toml")).unwrap_err());
+    assert!(missing.contains("/does/not/exist.toml"));
+}
