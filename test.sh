@@ -43,10 +43,12 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 command -v cargo >/dev/null || { echo "test.sh: cargo is missing; install Rust 1.95 or newer" >&2; exit 2; }
 
-# The end-to-end tests run the real binaries.
-cargo build --locked --workspace --bins
+# The end-to-end tests run the real binaries. Built together with the tests, dependencies are compiled once.
+cargo build --locked --workspace --all-targets
+export FWPUSH_BINARIES_ARE_BUILT=1
 if command -v cargo-nextest >/dev/null; then
   cargo nextest run --locked --workspace --no-fail-fast "$@"
+  cargo test --locked --workspace --doc --quiet
 else
   cargo test --locked --workspace --no-fail-fast -- "$@"
 fi

@@ -18,25 +18,34 @@ pub fn bin(name: &str) -> PathBuf {
             .nth(2)
             .expect("the test lies in deps/")
             .to_owned();
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
-            .expect("tests/ lies in the workspace");
-        let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        build.current_dir(workspace).args([
-            "build",
-            "--quiet",
-            "--locked",
-            "--workspace",
-            "--bins",
-        ]);
-        if dir.file_name().is_some_and(|profile| profile == "release") {
-            build.arg("--release");
+        // test.sh has built them: with it, a run of each test in a process of its own does not ask cargo each time.
+        if env::var_os("FWPUSH_BINARIES_ARE_BUILT").is_none() {
+            build(&dir);
         }
-        let built = build.status().expect("cargo runs");
-        assert!(built.success(), "the binaries do not build");
         dir
     });
     let path = dir.join(name);
     assert!(path.exists(), "{} is missing", path.display());
     path
+}
+
+/// Builds with the tests, so that dependencies have the same features and are compiled once.
+fn build(dir: &Path) {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ lies in the workspace");
+    let mut build = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let args = [
+        "build",
+        "--quiet",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+    ];
+    build.current_dir(workspace).args(args);
+    if dir.file_name().is_some_and(|profile| profile == "release") {
+        build.arg("--release");
+    }
+    let built = build.status().expect("cargo runs");
+    assert!(built.success(), "the binaries do not build");
 }
