@@ -92,7 +92,7 @@ fn measure(no_pin: bool, benchmark: impl AsyncFnOnce(Cores) -> Result<()>) -> Re
         .enable_all()
         .build()
         .context("start the runtime")?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let mut terminated = signal(SignalKind::terminate())?;
         tokio::select! {
             result = benchmark(cores) => result,
@@ -102,7 +102,10 @@ fn measure(no_pin: bool, benchmark: impl AsyncFnOnce(Cores) -> Result<()>) -> Re
                 Err(anyhow::anyhow!("not done after {} s; try a smaller run", limits::RUN_TIME.as_secs()))
             }
         }
-    })
+    });
+    // Directories and processes are gone with the benchmark; an image that is still being made is not waited for.
+    runtime.shutdown_background();
+    result
 }
 
 /// Runs one of the servers, in a process of its own, until the parent lets go of its standard input.

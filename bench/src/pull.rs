@@ -13,7 +13,10 @@ use fwpush_device::{
 };
 use fwpush_keys::{Credentials, DeviceId, Outline, error_text};
 use serde::Serialize;
-use tokio::time::timeout;
+use tokio::{
+    runtime::{Handle, Runtime},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -66,20 +69,12 @@ pub async fn pull(
     };
     let mut agent =
         Agent::new(parts).map_err(|error| anyhow::anyhow!("the agent: {}", error_text(&error)))?;
-    // A runtime of its own, as in fwpush-device; a profiler can tell its threads from the clients'.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("device")
-        .enable_all()
-        .build()
-        .context("start the device's runtime")?;
-    let running = runtime.spawn(async move {
+    let device = DeviceRuntime::start()?;
+    let running = device.handle.spawn(async move {
         let exit = agent.run(CancellationToken::new()).await;
         (exit, agent)
     });
     let ended = timeout(limits::PART_TIME, running).await;
-    // Dropping a runtime waits, which a task must not.
-    runtime.shutdown_background();
     let (exit, agent) = ended.context("the device is not done in time")??;
     let exit = exit.map_err(|error| anyhow::anyhow!("the agent: {}", error_text(&error)))?;
     let moments = std::mem::take(&mut *moments.lock().unwrap_or_else(PoisonError::into_inner));
@@ -94,6 +89,33 @@ pub async fn pull(
             .context("the agent did not tell all that it did")?,
         slots,
     ))
+}
+
+/// A runtime of its own, as in fwpush-device; a profiler can tell its threads from the clients'.
+struct DeviceRuntime {
+    handle: Handle,
+    runtime: Option<Runtime>,
+}
+
+impl DeviceRuntime {
+    fn start() -> Result<Self> {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(2).thread_name("device").enable_all();
+        let runtime = builder.build().context("start the device's runtime")?;
+        Ok(Self {
+            handle: runtime.handle().clone(),
+            runtime: Some(runtime),
+        })
+    }
+}
+
+impl Drop for DeviceRuntime {
+    /// Also when the benchmark is interrupted. A runtime that is merely dropped waits, which a task must not.
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 fn settings(site: &Site, server: SocketAddr, device: &DeviceId) -> Result<AgentSettings> {

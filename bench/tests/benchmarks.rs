@@ -5,8 +5,14 @@
     reason = "a panic with a line number is what a test has to say"
 )]
 
-use std::{path::Path, process::Command};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Runs a benchmark with a temporary directory of its own; gives its JSON and looks that nothing stays behind.
@@ -90,6 +96,23 @@ fn every_device_hears_of_every_rollout() {
             "{round}"
         );
     }
+}
+
+#[test]
+fn an_interrupted_run_leaves_nothing_behind() {
+    let temp = tempfile::tempdir().unwrap();
+    let left = || temp.path().read_dir().unwrap().count();
+    let mut child = bench(temp.path())
+        .args(["download", "--size", "4GiB"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while left() == 0 && child.try_wait().unwrap().is_none() {
+        thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(left(), 0);
 }
 
 #[test]
