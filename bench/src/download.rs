@@ -253,9 +253,6 @@ impl Download {
     }
 }
 
-/// Name, figure, decimals, remark.
-type Line<'a> = (&'a str, fn(&Round) -> f64, usize, &'a str);
-
 impl Report for Download {
     fn text(&self) -> String {
         let mut table = Table::new(self.rounds.len());
