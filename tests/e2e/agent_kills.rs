@@ -81,13 +81,19 @@ fn moments(seed: u64) -> Vec<Moment> {
     let mut positions = some((0..GROUPS - 1).collect(), KILLS - 4);
     positions.extend(some((GROUPS..GROUPS + LATE.len() as u64).collect(), 4));
     positions.sort_unstable();
-    // The late steps follow one another within milliseconds.
-    let longest = |at| if at < GROUPS { 30_000 } else { 3_000 };
+    // Anywhere between this group and the one after the next. The late steps follow one another within milliseconds.
+    let longest = |at| if at < GROUPS { 65_000 } else { 3_000 };
     let moment = |at| Moment {
         at,
         then: Duration::from_micros(random.random_range(0..longest(at))),
     };
     positions.into_iter().map(moment).collect()
+}
+
+/// Another one each time, unless one is asked for.
+fn seed() -> u64 {
+    let wanted = std::env::var("FWPUSH_TEST_SEED").ok();
+    wanted.map_or_else(rand::random, |seed| seed.parse().unwrap())
 }
 
 /// A site with a device that is to be updated slowly.
@@ -199,8 +205,8 @@ fn acknowledged(log: &[String]) -> u64 {
 
 #[test]
 fn killed_at_twenty_random_moments_an_update_ends_on_the_new_image() {
-    let seed = rand::random();
-    println!("seed {seed}");
+    let seed = seed();
+    println!("seed {seed}; FWPUSH_TEST_SEED={seed} plays it again");
     let mut bench = Bench::new();
     bench.device.start().line_with("Registered.");
     bench.release();
