@@ -63,6 +63,8 @@ pub enum StoreError {
     },
     #[error("{} is larger than {limit} bytes; it is not a document of this agent", path.display())]
     TooLarge { path: PathBuf, limit: u64 },
+    #[error("write the state as JSON")]
+    Encode(#[source] serde_json::Error),
     #[error("the state directory {} is in use by another agent", path.display())]
     InUse { path: PathBuf },
 }

@@ -271,8 +271,7 @@ impl Memory {
             state: updater.state().clone(),
             unknown: self.unknown.clone(),
         };
-        let bytes = serde_json::to_vec_pretty(&document).unwrap_or_default();
-        debug_assert!(!bytes.is_empty(), "plain data always serialises");
+        let bytes = serde_json::to_vec_pretty(&document).map_err(StoreError::Encode)?;
         self.store.save(Document::State, &bytes)
     }
 
