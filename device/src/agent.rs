@@ -242,6 +242,8 @@ impl<S: Slots> Agent<S> {
     /// Runs until it is stopped, a reboot is due, or, with `once`, nothing is left to do. To be called once.
     pub async fn run(&mut self, stop: CancellationToken) -> Result<Exit, AgentError> {
         let stop_link = stop.child_token();
+        // Also when this future is dropped: a simulated power cut leaves no connection behind.
+        let _cut = stop_link.clone().drop_guard();
         let (mut wires, link) = self.wire_up();
         let link = tokio::spawn(link.run(stop_link.clone()));
         let exit = self.serve(&mut wires, &stop).await;
