@@ -22,6 +22,7 @@ done
 needs=(
   "cc gcc builds SQLite and the TLS library"
   "openssl openssl checks our keys and certificates against another implementation"
+  "jq jq the tour of the README reads JSON with it"
   "b3sum b3sum checks our file ids against another implementation"
 )
 missing=()
