@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{SocketAddr, TcpListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
@@ -45,12 +45,12 @@ pub struct Published {
     pub file_id: String,
 }
 
-/// An address nobody listens on at this moment.
+/// An address that nobody takes before the test does: on a loopback host of its own, because ports of 127.0.0.1 are given to
+/// whatever connects or listens meanwhile.
 pub fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    let [a, b, c]: [u8; 3] = rand::random();
+    let host = Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254));
+    TcpListener::bind((host, 0)).unwrap().local_addr().unwrap()
 }
 
 impl Site {
