@@ -84,7 +84,7 @@ pub enum PeerRefused {
     #[error(transparent)]
     Identity(#[from] IdentityError),
     /// An authority may only vouch for its own role.
-    #[error("certificate names a {named} but was signed by the {authority} authority")]
+    #[error("certificate has the role {named} but was signed by the {authority} authority")]
     Role {
         /// In the certificate.
         named: Role,

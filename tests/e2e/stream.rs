@@ -224,6 +224,7 @@ async fn of_two_streams_the_newer_wins_and_late_reports_of_the_older_change_noth
         .unwrap();
     notice(&mut newer).await;
 
+    until_offered(&site, "dev-1").await;
     older.say(FromDevice::NoticeReply(reply(1, &told, 3))).await;
     let ended = older.end().await;
     assert_eq!(
@@ -368,6 +369,19 @@ async fn phase(site: &Site, id: &str) -> String {
         .as_str_name()
         .trim_start_matches("PHASE_")
         .to_lowercase()
+}
+
+/// Waits for the note that the device was told, which follows the notice.
+async fn until_offered(site: &Site, id: &str) {
+    wait::until("the note that it was told", || async {
+        let phase = phase(site, id).await;
+        if phase == "offered" {
+            Ok(())
+        } else {
+            Err(phase)
+        }
+    })
+    .await;
 }
 
 async fn online(site: &Site, id: &str) -> bool {

@@ -51,7 +51,7 @@ fn an_authority_cannot_vouch_for_another_role() {
             let forged = Leaf::naming(&identity(named)).signed_by(pki.ca(signer));
             let done = pki.connect(forged);
             let words = done.refused_by_server();
-            assert!(words.contains(&format!("names a {named}")), "{words}");
+            assert!(words.contains(&format!("has the role {named}")), "{words}");
             assert_eq!(done.alert_at_client(), AlertDescription::CertificateUnknown);
         }
     }

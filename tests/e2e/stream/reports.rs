@@ -6,7 +6,7 @@ use fwpush_proto::v1::{
 };
 use fwpush_tests::{client::Stream, site::Site};
 
-use super::{notice, offer, phase, reply};
+use super::{notice, offer, phase, reply, until_offered};
 
 const DOWNLOADING: i32 = 5;
 const INSTALLING: i32 = 7;
@@ -57,6 +57,7 @@ async fn unknown_foreign_doubled_and_late_reports_change_nothing_and_are_acknowl
         .await
         .unwrap();
     let told = notice(&mut stream).await;
+    until_offered(&site, "dev-1").await;
     let generation = told.generation;
     let expect = async |wanted: &str, after: &str| {
         assert_eq!(phase(&site, "dev-1").await, wanted, "after {after}")

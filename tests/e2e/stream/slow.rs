@@ -64,29 +64,21 @@ async fn a_peer_that_never_reads_fills_a_short_queue_and_is_ended() {
         text: "x".repeat(4096),
     };
     let mut delivered = 0;
-    while admin
-        .send_text(text("dev-1"))
-        .await
-        .unwrap()
-        .into_inner()
-        .outcome
-        == "DELIVERED"
-    {
-        delivered += 1;
-        assert!(delivered < 100, "the queue has no bound");
-    }
-    // From here on everything for it is turned away at once.
     for _ in 0..1_000 {
-        assert_eq!(
-            admin
-                .send_text(text("dev-1"))
-                .await
-                .unwrap()
-                .into_inner()
-                .outcome,
-            "BUSY"
-        );
+        match admin
+            .send_text(text("dev-1"))
+            .await
+            .unwrap()
+            .into_inner()
+            .outcome
+            .as_str()
+        {
+            "DELIVERED" => delivered += 1,
+            outcome => assert_eq!(outcome, "BUSY"),
+        }
     }
+    // Eight wait, and one or two are on their way; the others are turned away at once.
+    assert!((8..=10).contains(&delivered), "{delivered} were taken");
     assert!(site.server().resident_bytes() < before + (16 << 20));
     assert_eq!(
         admin
