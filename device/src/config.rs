@@ -20,8 +20,11 @@ use crate::{
     health::{Health, HealthCheck},
     limits,
     settings::{AgentSettings, TransferSettings},
-    slots::{FileSlotsSettings, ImageFacts},
 };
+
+mod slots;
+
+use slots::SlotsSection;
 
 /// A configuration file that was read and checked. What it names is not opened yet.
 #[derive(Debug, Clone)]
@@ -83,34 +86,6 @@ struct IdentitySection {
     key: PathBuf,
     node_ca: PathBuf,
     root: PathBuf,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SlotsSection {
-    kind: SlotsKind,
-    a: PathBuf,
-    b: PathBuf,
-    capacity_bytes: u64,
-    boot_record: PathBuf,
-    #[serde(default)]
-    boot: BootKind,
-    trial_boots: Option<u8>,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum SlotsKind {
-    Files,
-}
-
-/// Who boots.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum BootKind {
-    /// The agent itself: for a bench.
-    #[default]
-    Emulated,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -211,14 +186,8 @@ impl Config {
             );
             return wrong("attributes", problem);
         }
-        if file.slots.capacity_bytes == 0 {
-            return wrong(
-                "slots.capacity_bytes",
-                "must be the size of a slot in bytes".into(),
-            );
-        }
-        if file.slots.trial_boots == Some(0) {
-            return wrong("slots.trial_boots", "must be at least 1".into());
+        if let Err((key, problem)) = file.slots.check() {
+            return wrong(key, problem);
         }
         if file.health.command.as_ref().is_some_and(Vec::is_empty) {
             return wrong(
@@ -277,7 +246,7 @@ impl Config {
             attributes: file.attributes.clone(),
             // The factory image passed the factory's tests: it is the first floor.
             built_in_floor: file.running.security_counter,
-            trial_boots: file.slots.trial_boots.unwrap_or(limits::TRIAL_BOOTS),
+            trial_boots: file.slots.trial_boots(),
             transfer: self.transfer(),
             ..AgentSettings::new(
                 file.servers.clone(),
@@ -312,31 +281,6 @@ impl Config {
     /// Where state is kept.
     pub fn state_dir(&self) -> PathBuf {
         self.resolve(&self.file.state_dir)
-    }
-
-    /// Where the slots are and what slot a holds at first.
-    pub fn slots(&self) -> FileSlotsSettings {
-        let SlotsSection {
-            kind: SlotsKind::Files,
-            a,
-            b,
-            capacity_bytes,
-            boot_record,
-            boot: BootKind::Emulated,
-            ..
-        } = &self.file.slots;
-        FileSlotsSettings {
-            paths: [self.resolve(a), self.resolve(b)],
-            capacity: *capacity_bytes,
-            boot_record: self.resolve(boot_record),
-            first_image: ImageFacts {
-                release_id: None,
-                version: self.file.running.version.clone(),
-                security_counter: self.file.running.security_counter,
-                size: 0,
-                blake3: None,
-            },
-        }
     }
 
     /// How a new image is judged.
