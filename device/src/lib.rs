@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod channel;
 pub mod config;
+mod disk;
 pub mod health;
 pub mod limits;
 mod link;
@@ -26,8 +27,8 @@ pub use config::{Config, ConfigError};
 pub use health::{Health, HealthCheck, HealthSubject, Verdict};
 pub use settings::{AgentSettings, ReconnectSettings, TransferSettings};
 pub use slots::{
-    BootRecord, BootView, FileSlots, FileSlotsSettings, ImageFacts, SlotError, SlotId, SlotRecord,
-    SlotState, Slots,
+    BootRecord, BootView, Bootloader, CommandLine, FileSlots, FileSlotsSettings, ImageFacts,
+    SlotError, SlotId, SlotRecord, SlotState, Slots,
 };
 pub use store::{DirStore, Document, MemoryStore, Store, StoreError};
 pub use update::{Action, Consent, Failure, Offer, Phase};

@@ -125,7 +125,10 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
             return Ok(EXIT_REBOOT_DUE);
         };
         slots = back;
-        // The bootloader of a bench; a board would reboot here. The next run is then the next boot.
+        if !slots.is_emulated() {
+            return Ok(EXIT_REBOOT_DUE);
+        }
+        // The bootloader of a bench. The next run is then the next boot.
         let slot = slots.emulate_boot().map_err(AgentError::from)?;
         tracing::info!(%slot, "Rebooted (emulated).");
         if once {
@@ -261,7 +264,7 @@ pub fn status(config: &Path, json: bool) -> ExitCode {
 
 fn read_status(config: &Config) -> Result<Option<Status>, AgentError> {
     let folder = config.state_dir();
-    let boot = FileSlots::look(&config.slots().boot_record)?;
+    let boot = FileSlots::look(&config.slots())?;
     let document = DirStore::look(&folder, Document::State)?;
     let groups_written = DirStore::look_groups_written(&folder);
     Ok(boot

@@ -1,7 +1,8 @@
 //! The two places an image can run from, and the record by which a bootloader chooses between them.
 //!
 //! The agent changes only the spare slot, and only in the order that invariant 8 asks for: marked unbootable, written,
-//! read back, marked for trial, confirmed. [`FileSlots`] does so on two files; a simulator keeps them in memory.
+//! read back, marked for trial, confirmed. [`FileSlots`] does so on two block devices or files; a simulator keeps them in
+//! memory.
 
 use std::{fmt::Debug, io, path::PathBuf};
 
@@ -9,13 +10,17 @@ use thiserror::Error;
 
 pub use crate::update::facts::{BootView, ImageFacts, SlotId, SlotRecord, SlotState};
 
+mod boot;
 mod file;
 mod handle;
+mod in_use;
 mod record;
 
-pub use file::{FileSlots, FileSlotsSettings};
+pub use boot::CommandLine;
+pub use file::{Bootloader, FileSlots, FileSlotsSettings};
 pub(crate) use handle::{Gone, SlotHandle};
-pub use record::{BootRecord, RecordError, RecordFile};
+pub(crate) use record::RecordFile;
+pub use record::{BootRecord, RecordError};
 
 /// An A/B pair of image slots. Every method is called from one task at a time and may block.
 pub trait Slots: Debug + Send + 'static {
@@ -86,6 +91,14 @@ pub enum SlotError {
         capacity: u64,
         offset: u64,
         end: u64,
+    },
+    #[error("{} {problem}", file.display())]
+    Boot { file: PathBuf, problem: String },
+    #[error("slot {slot} ({}) cannot be written: {user}", path.display())]
+    InUse {
+        slot: SlotId,
+        path: PathBuf,
+        user: String,
     },
     #[error("refused to {operation}: {reason}")]
     Refused {

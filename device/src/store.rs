@@ -8,7 +8,6 @@ mod dir;
 mod memory;
 
 pub use dir::DirStore;
-pub(crate) use dir::{replace_file, sync_parent};
 pub use memory::MemoryStore;
 
 /// What the store keeps, each replaced as a whole.

@@ -56,7 +56,7 @@ fn paths_are_relative_to_the_file_and_values_arrive() {
     );
     assert_eq!(
         (slots.capacity, slots.first_image.security_counter),
-        (268_435_456, 3)
+        (Some(268_435_456), 3)
     );
     let settings = config.settings();
     assert_eq!((settings.servers.len(), settings.built_in_floor), (3, 3));

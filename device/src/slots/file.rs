@@ -1,144 +1,216 @@
-//! Two files, or two block devices, and a boot record.
+//! Two block devices, or two files, and a boot record.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Seek as _, SeekFrom},
-    os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use super::{BootRecord, BootView, ImageFacts, RecordFile, SlotError, SlotId, SlotState, Slots};
+use super::{
+    BootRecord, BootView, CommandLine, ImageFacts, RecordFile, SlotError, SlotId, SlotState, Slots,
+    boot::{Boot, EmulatedBoot},
+    in_use::Kernel,
+};
+use crate::disk::{Access, Disk, DiskFile, Identity, RealDisk};
 
-/// Where the slots are.
+/// Where the slots are, and who boots them.
 #[derive(Debug, Clone)]
 pub struct FileSlotsSettings {
-    /// Files or block devices for slots a and b. Missing files are made when the boot record is made.
+    /// Block devices or files for slots a and b.
     pub paths: [PathBuf; 2],
-    /// Bytes that an image may have. A file grows to it before it is written; a block device must have it.
-    pub capacity: u64,
+    /// Bytes that an image may have: a file grows to it before it is written. `None`: what the smaller device has, for
+    /// block devices only.
+    pub capacity: Option<u64>,
     pub boot_record: PathBuf,
-    /// What slot a holds when there is no boot record yet.
+    pub bootloader: Bootloader,
+    /// What the running slot holds when there is no boot record yet.
     pub first_image: ImageFacts,
 }
 
-/// Slots in two files or block devices, with the agent playing the bootloader ([`FileSlots::emulate_boot`]): for a bench
-/// and the tests. The present boot is kept in a file beside the boot record, as a kernel would keep it in memory, so
-/// that a restart of the process is no boot.
-#[derive(Debug)]
-pub struct FileSlots {
-    paths: [PathBuf; 2],
-    files: [File; 2],
-    capacity: u64,
-    record: RecordFile,
-    boot: Boot,
-    boot_path: PathBuf,
+/// Who reads the boot record and chooses the slot.
+#[derive(Debug, Clone)]
+pub enum Bootloader {
+    /// The agent itself, for a bench and for tests: see [`FileSlots::emulate_boot`]. Not for block devices.
+    Emulated,
+    /// A bootloader, which names the slot that it booted on the kernel command line.
+    Real(CommandLine),
 }
 
-/// The present boot.
-#[derive(Debug, Clone)]
-struct Boot {
-    id: String,
-    running: SlotId,
+/// Slots in two block devices or files.
+///
+/// The running slot is opened to be read. The spare is opened when it is first needed, exclusively, after it was made sure
+/// that nothing is mounted from it or built on it; it is read past the page cache.
+#[derive(Debug)]
+pub struct FileSlots {
+    disk: Arc<dyn Disk>,
+    kernel: Kernel,
+    paths: [PathBuf; 2],
+    capacity: u64,
+    record: RecordFile,
+    /// `None`: a real bootloader.
+    emulated: Option<EmulatedBoot>,
+    boot: Boot,
+    running: Box<dyn DiskFile>,
+    spare: Option<Box<dyn DiskFile>>,
 }
 
 impl FileSlots {
-    /// Opens the slots and makes what is missing: without a boot record the device has never been updated, so slot a
-    /// runs and is confirmed. A boot record whose slots are missing is an error.
+    /// Opens the slots. Without a boot record the device has never been updated: the running slot is confirmed in a new
+    /// one. With [`Bootloader::Emulated`] that is slot a, and files that are missing are made.
     pub fn open(settings: FileSlotsSettings) -> Result<Self, SlotError> {
-        let record = RecordFile::open(&settings.boot_record)?;
-        let new = record.is_none();
-        let [a, b] = &settings.paths;
-        let files = [
-            open_slot(a, new, settings.capacity)?,
-            open_slot(b, new, settings.capacity)?,
-        ];
-        refuse_one_file_twice(&files, &settings.paths)?;
-        let boot_path = settings.boot_record.with_added_extension("running");
-        let record = match record {
-            Some(record) => record,
-            None => RecordFile::create(
-                &settings.boot_record,
-                &BootRecord::first(SlotId::A, settings.first_image),
-            )?,
+        Self::open_on(Arc::new(RealDisk), settings)
+    }
+
+    pub(crate) fn open_on(
+        disk: Arc<dyn Disk>,
+        settings: FileSlotsSettings,
+    ) -> Result<Self, SlotError> {
+        let record = RecordFile::open(&disk, &settings.boot_record)?;
+        let emulated = match &settings.bootloader {
+            Bootloader::Emulated => Some(EmulatedBoot::beside(&settings.boot_record)),
+            Bootloader::Real(_) => None,
         };
-        let boot = read_boot(&boot_path)?;
-        let mut slots = Self {
-            paths: settings.paths,
-            files,
-            capacity: settings.capacity,
-            record,
-            // Replaced at once where no boot is known.
-            boot: boot.clone().unwrap_or(Boot {
-                id: String::new(),
-                running: SlotId::A,
-            }),
-            boot_path,
-        };
-        if boot.is_none() {
-            slots.emulate_boot()?;
+        if emulated.is_some() && record.is_none() {
+            for path in &settings.paths {
+                create_slot(&*disk, path, settings.capacity)?;
+            }
         }
-        Ok(slots)
+        let slots = [0, 1].map(|slot| open_file(&*disk, &settings.paths[slot], Access::Read));
+        let [a, b] = slots;
+        let [a, b] = [a?, b?];
+        refuse_unusable(&[&*a, &*b], &settings)?;
+        let capacity = match settings.capacity {
+            Some(capacity) => capacity,
+            None => size_of(&*a, &settings.paths[0])?.min(size_of(&*b, &settings.paths[1])?),
+        };
+        let booted = match (&settings.bootloader, &emulated) {
+            (Bootloader::Real(command_line), _) => Some(command_line.read()?),
+            (Bootloader::Emulated, emulated) => match emulated {
+                Some(emulated) => emulated.read()?,
+                None => None,
+            },
+        };
+        let mut record = match record {
+            Some(record) => record,
+            None => {
+                let running = booted.as_ref().map_or(SlotId::A, |boot| boot.running);
+                let first = BootRecord::first(running, settings.first_image);
+                RecordFile::create(&disk, &settings.boot_record, &first)?
+            }
+        };
+        let boot = match (booted, &emulated) {
+            (Some(boot), _) => boot,
+            (None, Some(emulated)) => choose(&mut record, emulated, &*disk)?,
+            (None, None) => return Err(refused("boot", "nothing says which slot was booted")),
+        };
+        let running = match boot.running {
+            SlotId::A => a,
+            SlotId::B => b,
+        };
+        Ok(Self {
+            disk,
+            kernel: Kernel::default(),
+            paths: settings.paths,
+            capacity,
+            record,
+            emulated,
+            boot,
+            running,
+            spare: None,
+        })
     }
 
     /// What the boot record and the present boot say; makes and writes nothing. `None`: there is no boot record.
-    pub fn look(boot_record: &Path) -> Result<Option<BootView>, SlotError> {
-        let Some(record) = RecordFile::look(boot_record)? else {
+    pub fn look(settings: &FileSlotsSettings) -> Result<Option<BootView>, SlotError> {
+        let Some(record) = RecordFile::look(&RealDisk, &settings.boot_record)? else {
             return Ok(None);
         };
-        let boot = read_boot(&boot_record.with_added_extension("running"))?;
-        let boot = boot.unwrap_or(Boot {
-            id: String::new(),
-            running: record.preferred,
-        });
+        let boot = match &settings.bootloader {
+            Bootloader::Real(command_line) => command_line.read()?,
+            Bootloader::Emulated => {
+                let nothing = Boot {
+                    id: String::new(),
+                    running: record.preferred,
+                };
+                EmulatedBoot::beside(&settings.boot_record)
+                    .read()?
+                    .unwrap_or(nothing)
+            }
+        };
         Ok(Some(record.view(boot.id, boot.running)))
     }
 
-    /// Plays the bootloader: takes a trial boot or the confirmed slot, and starts a boot with a new id. Returns the slot
-    /// that runs now; fails when both slots are bad.
-    pub fn emulate_boot(&mut self) -> Result<SlotId, SlotError> {
-        let mut booted = None;
-        self.record.update(|record| {
-            let before = record.clone();
-            booted = record.boot();
-            Ok(*record != before)
-        })?;
-        let running = booted.ok_or(SlotError::Refused {
-            operation: "boot",
-            reason: "neither slot is confirmed or on trial",
-        })?;
-        let boot = Boot {
-            id: format!("{:032x}", rand::random::<u128>()),
-            running,
-        };
-        let line = format!("{} {}\n", boot.id, boot.running);
-        crate::store::replace_file(&self.boot_path, line.as_bytes()).map_err(|source| {
-            SlotError::File {
-                operation: "write",
-                path: self.boot_path.clone(),
-                source,
-            }
-        })?;
-        self.boot = boot;
-        Ok(running)
+    /// Whether the agent plays the bootloader.
+    pub fn is_emulated(&self) -> bool {
+        self.emulated.is_some()
     }
 
-    fn spare(&self) -> SlotId {
+    /// Plays the bootloader: takes a trial boot or the confirmed slot, and starts a boot with a new id. Returns the slot
+    /// that runs now; fails when both slots are bad, and where a real bootloader boots.
+    pub fn emulate_boot(&mut self) -> Result<SlotId, SlotError> {
+        let Some(emulated) = &self.emulated else {
+            return Err(refused("boot", "a real bootloader boots this device"));
+        };
+        let boot = choose(&mut self.record, emulated, &*self.disk)?;
+        let path = &self.paths[boot.running as usize];
+        self.running = open_file(&*self.disk, path, Access::Read)?;
+        self.spare = None;
+        self.boot = boot;
+        Ok(self.boot.running)
+    }
+
+    fn spare_id(&self) -> SlotId {
         self.boot.running.other()
     }
 
-    fn file(&self, slot: SlotId) -> &File {
-        &self.files[slot as usize]
+    /// The spare, opened and found free for us.
+    fn spare(&mut self) -> Result<&dyn DiskFile, SlotError> {
+        let spare = self.spare_id();
+        let file = match self.spare.take() {
+            Some(file) => file,
+            None => self.open_spare(spare)?,
+        };
+        Ok(&**self.spare.insert(file))
     }
 
-    /// The bytes a slot has now, and an error unless `offset..offset + length` lies within.
-    fn check_bounds(
-        &self,
-        slot: SlotId,
-        offset: u64,
-        length: usize,
-        capacity: u64,
-    ) -> Result<(), SlotError> {
-        let end = offset.saturating_add(length as u64);
+    fn open_spare(&self, spare: SlotId) -> Result<Box<dyn DiskFile>, SlotError> {
+        let path = &self.paths[spare as usize];
+        let file = open_file(&*self.disk, path, Access::Read)?;
+        let identity = file.identity().map_err(failed("look at slot", path))?;
+        if identity == identity_of(&*self.running, &self.paths[self.boot.running as usize])? {
+            return Err(refused("use the spare slot", "it is the running one"));
+        }
+        let user = self
+            .kernel
+            .user_of(identity)
+            .map_err(failed("ask who uses slot", path))?;
+        if let Some(user) = user {
+            return Err(SlotError::InUse {
+                slot: spare,
+                path: path.clone(),
+                user,
+            });
+        }
+        let exclusive = match self.disk.open(path, Access::Exclusive) {
+            Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy => {
+                return Err(SlotError::InUse {
+                    slot: spare,
+                    path: path.clone(),
+                    user: "the kernel says so; it may be mounted in a container".into(),
+                });
+            }
+            opened => opened.map_err(failed("open slot", path))?,
+        };
+        if exclusive.identity().map_err(failed("look at slot", path))? != identity {
+            return Err(refused(
+                "use the spare slot",
+                "its path named another file a moment ago",
+            ));
+        }
+        Ok(exclusive)
+    }
+
+    fn check_bounds(&self, slot: SlotId, offset: u64, length: usize) -> Result<(), SlotError> {
+        let (capacity, end) = (self.capacity, offset.saturating_add(length as u64));
         if end > capacity {
             return Err(SlotError::Bounds {
                 slot,
@@ -149,15 +221,6 @@ impl FileSlots {
         }
         Ok(())
     }
-
-    fn io(operation: &'static str, slot: SlotId, offset: u64) -> impl Fn(io::Error) -> SlotError {
-        move |source| SlotError::Io {
-            operation,
-            slot,
-            offset,
-            source,
-        }
-    }
 }
 
 impl Slots for FileSlots {
@@ -167,17 +230,12 @@ impl Slots for FileSlots {
     }
 
     fn spare_capacity(&mut self) -> Result<u64, SlotError> {
-        let spare = self.spare();
-        let io = Self::io("measure", spare, 0);
-        let metadata = self.file(spare).metadata().map_err(&io)?;
-        if metadata.file_type().is_block_device() {
-            let mut device = self.file(spare);
-            return Ok(device
-                .seek(SeekFrom::End(0))
-                .map_err(&io)?
-                .min(self.capacity));
+        let path = &self.paths[self.spare_id() as usize];
+        let file = open_file(&*self.disk, path, Access::Read)?;
+        match identity_of(&*file, path)? {
+            Identity::BlockDevice { .. } => Ok(size_of(&*file, path)?.min(self.capacity)),
+            Identity::File { .. } => Ok(self.capacity),
         }
-        Ok(self.capacity)
     }
 
     fn path(&self, slot: SlotId) -> Option<PathBuf> {
@@ -185,53 +243,74 @@ impl Slots for FileSlots {
     }
 
     fn invalidate_spare(&mut self) -> Result<(), SlotError> {
-        let spare = self.spare();
+        let (spare, capacity) = (self.spare_id(), self.capacity);
+        // Refused when it is in use, before the record gives it up.
+        self.spare()?;
         self.record.update(|record| record.invalidate(spare))?;
-        let io = Self::io("grow", spare, self.capacity);
-        let metadata = self.file(spare).metadata().map_err(&io)?;
-        if metadata.is_file() && metadata.len() < self.capacity {
-            self.file(spare).set_len(self.capacity).map_err(&io)?;
-        }
-        Ok(())
+        let file = self.spare()?;
+        let grow = |file: &dyn DiskFile| {
+            let is_file = matches!(file.identity()?, Identity::File { .. });
+            if is_file && file.size()? < capacity {
+                file.set_size(capacity)?;
+            }
+            Ok(())
+        };
+        grow(file).map_err(io_error("grow", spare, capacity))
     }
 
     fn read(&mut self, slot: SlotId, offset: u64, buffer: &mut [u8]) -> Result<(), SlotError> {
-        self.file(slot)
-            .read_exact_at(buffer, offset)
-            .map_err(Self::io("read", slot, offset))
+        if slot == self.boot.running {
+            return self
+                .running
+                .read_at(buffer, offset)
+                .map_err(io_error("read", slot, offset));
+        }
+        // Whatever the page cache holds of the spare does not count.
+        self.spare()?
+            .read_medium_at(buffer, offset)
+            .map_err(io_error("read", slot, offset))
     }
 
     fn write_spare(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SlotError> {
-        let spare = self.spare();
+        let spare = self.spare_id();
         if self.record.get()?.slot(spare).state != SlotState::Unbootable {
-            return Err(SlotError::Refused {
-                operation: "write the spare slot",
-                reason: "it is not marked unbootable",
-            });
+            return Err(refused(
+                "write the spare slot",
+                "it is not marked unbootable",
+            ));
         }
-        self.check_bounds(spare, offset, bytes.len(), self.capacity)?;
-        self.file(spare)
-            .write_all_at(bytes, offset)
-            .map_err(Self::io("write", spare, offset))
+        self.check_bounds(spare, offset, bytes.len())?;
+        self.spare()?
+            .write_at(bytes, offset)
+            .map_err(io_error("write", spare, offset))
     }
 
     fn sync_spare(&mut self) -> Result<(), SlotError> {
-        let spare = self.spare();
-        self.file(spare)
-            .sync_data()
-            .map_err(Self::io("sync", spare, 0))
+        let spare = self.spare_id();
+        self.spare()?.sync().map_err(io_error("sync", spare, 0))
     }
 
     fn forget_cached_spare(&mut self) -> Result<(), SlotError> {
-        let spare = self.spare();
-        self.sync_spare()?;
+        let spare = self.spare_id();
         // Only clean pages can be dropped, hence the sync before.
-        rustix::fs::fadvise(self.file(spare), 0, None, rustix::fs::Advice::DontNeed)
-            .map_err(|errno| Self::io("drop the page cache of", spare, 0)(errno.into()))
+        self.sync_spare()?;
+        self.spare()?
+            .forget_cached()
+            .map_err(io_error("drop the page cache of", spare, 0))
     }
 
     fn mark_trial(&mut self, image: &ImageFacts, tries: u8) -> Result<(), SlotError> {
-        let spare = self.spare();
+        let spare = self.spare_id();
+        let path = self.paths[spare as usize].clone();
+        let verified = identity_of(self.spare()?, &path)?;
+        // The bootloader goes by the path, not by our open file.
+        let named = open_file(&*self.disk, &path, Access::Read)?;
+        if identity_of(&*named, &path)? != verified {
+            return Err(refused(
+                "mark the spare slot for trial",
+                "its path names another file than the one that was verified",
+            ));
+        }
         self.record.update(|record| {
             record
                 .mark_trial(spare, image.clone(), tries)
@@ -250,84 +329,107 @@ impl Slots for FileSlots {
     }
 }
 
-fn open_slot(path: &Path, create: bool, capacity: u64) -> Result<File, SlotError> {
-    let failed = |operation| {
-        move |source| SlotError::File {
-            operation,
-            path: path.into(),
-            source,
-        }
-    };
-    match OpenOptions::new().read(true).write(true).open(path) {
-        Ok(file) => Ok(file),
-        Err(error) if error.kind() == io::ErrorKind::NotFound && create => {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .open(path);
-            let file = file.map_err(failed("create slot"))?;
-            file.set_len(capacity)
-                .and_then(|()| file.sync_all())
-                .map_err(failed("size slot"))?;
-            Ok(file)
-        }
-        Err(source) => Err(failed("open slot")(source)),
-    }
+/// What the emulated bootloader does.
+fn choose(
+    record: &mut RecordFile,
+    emulated: &EmulatedBoot,
+    disk: &dyn Disk,
+) -> Result<Boot, SlotError> {
+    let mut booted = None;
+    record.update(|record| {
+        let before = record.clone();
+        booted = record.boot();
+        Ok(*record != before)
+    })?;
+    let running = booted.ok_or_else(|| refused("boot", "neither slot is confirmed or on trial"))?;
+    emulated.begin(disk, running)
 }
 
-/// One file as both slots would have the running image overwritten.
-fn refuse_one_file_twice(files: &[File; 2], paths: &[PathBuf; 2]) -> Result<(), SlotError> {
-    let failed = |path: &PathBuf| {
-        let path = path.clone();
-        move |source| SlotError::File {
-            operation: "look at slot",
-            path,
-            source,
-        }
-    };
-    let a = files[0].metadata().map_err(failed(&paths[0]))?;
-    let b = files[1].metadata().map_err(failed(&paths[1]))?;
-    let same_device =
-        a.file_type().is_block_device() && b.file_type().is_block_device() && a.rdev() == b.rdev();
-    if same_device || (a.dev(), a.ino()) == (b.dev(), b.ino()) {
-        return Err(SlotError::Refused {
-            operation: "open the slots",
-            reason: "both paths name the same file",
-        });
-    }
-    Ok(())
-}
-
-/// The present boot of the emulated bootloader; `None` when nothing was booted yet.
-fn read_boot(path: &Path) -> Result<Option<Boot>, SlotError> {
-    let failed = |source| SlotError::File {
-        operation: "read",
+fn failed<'a>(
+    operation: &'static str,
+    path: &'a Path,
+) -> impl FnOnce(std::io::Error) -> SlotError + use<'a> {
+    move |source| SlotError::File {
+        operation,
         path: path.into(),
         source,
+    }
+}
+
+fn io_error(
+    operation: &'static str,
+    slot: SlotId,
+    offset: u64,
+) -> impl FnOnce(std::io::Error) -> SlotError {
+    move |source| SlotError::Io {
+        operation,
+        slot,
+        offset,
+        source,
+    }
+}
+
+fn refused(operation: &'static str, reason: &'static str) -> SlotError {
+    SlotError::Refused { operation, reason }
+}
+
+fn open_file(disk: &dyn Disk, path: &Path, access: Access) -> Result<Box<dyn DiskFile>, SlotError> {
+    disk.open(path, access).map_err(failed("open slot", path))
+}
+
+fn identity_of(file: &dyn DiskFile, path: &Path) -> Result<Identity, SlotError> {
+    file.identity().map_err(failed("look at slot", path))
+}
+
+fn size_of(file: &dyn DiskFile, path: &Path) -> Result<u64, SlotError> {
+    file.size().map_err(failed("measure slot", path))
+}
+
+/// Makes the file of a slot if there is none.
+fn create_slot(disk: &dyn Disk, path: &Path, capacity: Option<u64>) -> Result<(), SlotError> {
+    let file = match disk.create(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(source) => return Err(failed("create slot", path)(source)),
     };
-    let line = match std::fs::read_to_string(path) {
-        Ok(line) => line,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(failed(source)),
-    };
-    let boot = match line.trim().split_once(' ') {
-        Some((id, "a")) => Boot {
-            id: id.to_owned(),
-            running: SlotId::A,
-        },
-        Some((id, "b")) => Boot {
-            id: id.to_owned(),
-            running: SlotId::B,
-        },
-        _ => {
-            return Err(failed(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "it does not name a boot and a slot",
-            )));
+    file.set_size(capacity.unwrap_or(0))
+        .and_then(|()| file.sync())
+        .and_then(|()| disk.sync_names(path))
+        .map_err(failed("size slot", path))
+}
+
+fn refuse_unusable(
+    files: &[&dyn DiskFile; 2],
+    settings: &FileSlotsSettings,
+) -> Result<(), SlotError> {
+    let paths = &settings.paths;
+    let [a, b] = [
+        identity_of(files[0], &paths[0])?,
+        identity_of(files[1], &paths[1])?,
+    ];
+    // One file as both slots would have the running image overwritten.
+    if a == b {
+        return Err(refused("open the slots", "both paths name the same file"));
+    }
+    for identity in [a, b] {
+        match identity {
+            Identity::File { .. } if settings.capacity.is_none() => {
+                return Err(refused(
+                    "open the slots",
+                    "a slot in a file needs its size: set slots.capacity_bytes",
+                ));
+            }
+            // A board whose configuration forgot to say who boots would never reboot into its new image.
+            Identity::BlockDevice { .. } if matches!(settings.bootloader, Bootloader::Emulated) => {
+                return Err(refused(
+                    "open the slots",
+                    "slots on block devices are booted by a bootloader: set slots.boot = \"kernel-cmdline\"",
+                ));
+            }
+            _ => {}
         }
-    };
-    Ok(Some(boot))
+    }
+    Ok(())
 }
 
 #[cfg(test)]

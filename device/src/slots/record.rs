@@ -20,16 +20,16 @@
 //! the version (1), length of the release id (1), zero (2), security counter (8), image size (8), BLAKE3 (32), release id (36), version (128), zero (12).
 
 use std::{
-    fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use fwpush_keys::id::FileId;
 use thiserror::Error;
 
 use super::{BootView, ImageFacts, SlotError, SlotId, SlotRecord, SlotState};
+use crate::disk::{Access, Disk, DiskFile, replace_file};
 
 const MAGIC: &[u8; 8] = b"FWPBOOT1";
 const COPY_BYTES: usize = 512;
@@ -58,7 +58,9 @@ pub enum RecordError {
         operation: &'static str,
         source: io::Error,
     },
-    #[error("neither copy is valid ({}; {}): restore it from the bootloader's tools, or provision the device again", copies[0], copies[1])]
+    #[error("nothing was written to it yet")]
+    Blank,
+    #[error("neither copy is valid ({}; {}). If nothing else lives there, fill its first 8 KiB with zeros: it is then made anew, with the running image confirmed", copies[0], copies[1])]
     BothBroken { copies: [&'static str; 2] },
     #[error("a version of {0} bytes does not fit; at most {VERSION_BYTES} are kept")]
     LongVersion(usize),
@@ -314,51 +316,42 @@ fn le_u64(bytes: &[u8]) -> u64 {
 
 /// A boot record in a file or at the start of a raw partition.
 #[derive(Debug)]
-pub struct RecordFile {
-    file: File,
+pub(crate) struct RecordFile {
+    file: Box<dyn DiskFile>,
     path: PathBuf,
     /// The record in force and the copy that holds it; `None` when a write failed and the medium must be asked.
     current: Option<(usize, BootRecord)>,
 }
 
 impl RecordFile {
-    /// Opens the record; `None` if there is no such file.
-    pub fn open(path: &Path) -> Result<Option<Self>, SlotError> {
-        let file = match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => {
-                return Err(SlotError::File {
-                    operation: "open boot record",
-                    path: path.into(),
-                    source,
-                });
-            }
+    /// Opens the record. `None` if there is none: no such file, or nothing but zeros or erased flash.
+    pub(crate) fn open(disk: &Arc<dyn Disk>, path: &Path) -> Result<Option<Self>, SlotError> {
+        let Some(file) = open_file(&**disk, path, Access::Write)? else {
+            return Ok(None);
         };
         let mut record = Self {
             file,
             path: path.into(),
             current: None,
         };
-        record.get()?;
-        Ok(Some(record))
+        match record.get() {
+            Ok(_) => Ok(Some(record)),
+            Err(SlotError::Record {
+                source: RecordError::Blank,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
-    /// Reads the record without a claim to change it; `None` if there is no such file.
-    pub fn look(path: &Path) -> Result<Option<BootRecord>, SlotError> {
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => {
-                return Err(SlotError::File {
-                    operation: "open boot record",
-                    path: path.into(),
-                    source,
-                });
-            }
+    /// Reads the record without a claim to change it; `None` if there is none.
+    pub(crate) fn look(disk: &dyn Disk, path: &Path) -> Result<Option<BootRecord>, SlotError> {
+        let Some(file) = open_file(disk, path, Access::Read)? else {
+            return Ok(None);
         };
-        match read_copies(&file) {
+        match read_copies(&*file) {
             Ok((_, record)) => Ok(Some(record)),
+            Err(RecordError::Blank) => Ok(None),
             Err(source) => Err(SlotError::Record {
                 path: path.into(),
                 source,
@@ -366,8 +359,13 @@ impl RecordFile {
         }
     }
 
-    /// Makes a new record file; durable, and complete from the moment it has its name.
-    pub fn create(path: &Path, first: &BootRecord) -> Result<Self, SlotError> {
+    /// Makes a new record; durable when it returns. A file is complete from the moment it has its name; a blank partition
+    /// is still blank, or has the record, after a cut.
+    pub(crate) fn create(
+        disk: &Arc<dyn Disk>,
+        path: &Path,
+        first: &BootRecord,
+    ) -> Result<Self, SlotError> {
         let failed = |operation| {
             move |source| SlotError::File {
                 operation,
@@ -375,25 +373,26 @@ impl RecordFile {
                 source,
             }
         };
-        let broken = |source| SlotError::Record {
+        let copy = first.encode().map_err(|source| SlotError::Record {
             path: path.into(),
             source,
+        })?;
+        let file = match open_file(&**disk, path, Access::Write)? {
+            Some(blank) => {
+                blank
+                    .write_at(&copy, COPY_OFFSETS[0])
+                    .and_then(|()| blank.sync())
+                    .map_err(failed("write boot record"))?;
+                blank
+            }
+            None => {
+                let mut whole = vec![0; COPY_OFFSETS[1] as usize + COPY_BYTES];
+                whole[..COPY_BYTES].copy_from_slice(&copy);
+                replace_file(&**disk, path, &whole).map_err(failed("write boot record"))?;
+                disk.open(path, Access::Write)
+                    .map_err(failed("open boot record"))?
+            }
         };
-        let temporary = path.with_added_extension("tmp");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&temporary);
-        let file = file.map_err(failed("create boot record"))?;
-        let copy = first.encode().map_err(broken)?;
-        file.set_len(COPY_OFFSETS[1] + COPY_BYTES as u64)
-            .and_then(|()| file.write_all_at(&copy, COPY_OFFSETS[0]))
-            .and_then(|()| file.sync_all())
-            .and_then(|()| std::fs::rename(&temporary, path))
-            .and_then(|()| crate::store::sync_parent(path))
-            .map_err(failed("write boot record"))?;
         Ok(Self {
             file,
             path: path.into(),
@@ -402,26 +401,20 @@ impl RecordFile {
     }
 
     /// The record in force.
-    pub fn get(&mut self) -> Result<&BootRecord, SlotError> {
-        if self.current.is_none() {
-            let found = self.read_medium().map_err(|source| SlotError::Record {
+    pub(crate) fn get(&mut self) -> Result<&BootRecord, SlotError> {
+        let found = match self.current.take() {
+            Some(found) => found,
+            None => self.read_medium().map_err(|source| SlotError::Record {
                 path: self.path.clone(),
                 source,
-            })?;
-            self.current = Some(found);
-        }
-        match &self.current {
-            Some((_, record)) => Ok(record),
-            None => Err(SlotError::Refused {
-                operation: "read the boot record",
-                reason: "it is not loaded",
-            }),
-        }
+            })?,
+        };
+        Ok(&self.current.insert(found).1)
     }
 
     /// Applies `change` and makes it durable; writes nothing when `change` says that nothing changed. After an error
     /// the record in force is whatever the medium holds: the old one or the new one.
-    pub fn update(
+    pub(crate) fn update(
         &mut self,
         change: impl FnOnce(&mut BootRecord) -> Result<bool, RecordError>,
     ) -> Result<(), SlotError> {
@@ -438,8 +431,8 @@ impl RecordFile {
         let at = self.current.take().map_or(0, |(at, _)| 1 - at);
         // From here to the end of the sync the medium decides which record is in force.
         self.file
-            .write_all_at(&copy, COPY_OFFSETS[at])
-            .and_then(|()| self.file.sync_all())
+            .write_at(&copy, COPY_OFFSETS[at])
+            .and_then(|()| self.file.sync())
             .map_err(|source| {
                 failed(&self.path)(RecordError::Io {
                     operation: "write",
@@ -453,22 +446,46 @@ impl RecordFile {
     /// Reads both copies past the page cache: after a failed sync it may hold what the medium does not.
     fn read_medium(&self) -> Result<(usize, BootRecord), RecordError> {
         let failed = |operation| move |source| RecordError::Io { operation, source };
-        self.file.sync_all().map_err(failed("sync"))?;
-        rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)
-            .map_err(|errno| failed("read past the page cache")(errno.into()))?;
-        read_copies(&self.file)
+        self.file.sync().map_err(failed("sync"))?;
+        self.file
+            .forget_cached()
+            .map_err(failed("read past the page cache"))?;
+        read_copies(&*self.file)
+    }
+}
+
+fn open_file(
+    disk: &dyn Disk,
+    path: &Path,
+    access: Access,
+) -> Result<Option<Box<dyn DiskFile>>, SlotError> {
+    match disk.open(path, access) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(SlotError::File {
+            operation: "open boot record",
+            path: path.into(),
+            source,
+        }),
     }
 }
 
 /// The newer of the valid copies, and which one it is.
-fn read_copies(file: &File) -> Result<(usize, BootRecord), RecordError> {
+fn read_copies(file: &dyn DiskFile) -> Result<(usize, BootRecord), RecordError> {
     let mut found: Option<(usize, BootRecord)> = None;
     let mut problems = ["older", "older"];
+    let mut blank = true;
     for (at, offset) in COPY_OFFSETS.into_iter().enumerate() {
         let mut copy = [0; COPY_BYTES];
-        let decoded = match file.read_exact_at(&mut copy, offset) {
-            Ok(()) => BootRecord::decode(&copy),
+        let decoded = match file.read_medium_at(&mut copy, offset) {
+            Ok(()) => {
+                // Zeros, or flash that was erased. Anything else may be somebody's data, on a path named by mistake.
+                blank &=
+                    copy.iter().all(|byte| *byte == 0) || copy.iter().all(|byte| *byte == 0xff);
+                BootRecord::decode(&copy)
+            }
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                blank = false;
                 Err("the file is too short")
             }
             Err(source) => {
@@ -490,7 +507,11 @@ fn read_copies(file: &File) -> Result<(usize, BootRecord), RecordError> {
             Err(problem) => problems[at] = problem,
         }
     }
-    found.ok_or(RecordError::BothBroken { copies: problems })
+    match found {
+        Some(found) => Ok(found),
+        None if blank => Err(RecordError::Blank),
+        None => Err(RecordError::BothBroken { copies: problems }),
+    }
 }
 
 #[cfg(test)]

@@ -2,14 +2,17 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Read as _, Write as _},
+    io::{self, Read as _},
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::{Document, Store, StoreError};
-use crate::limits;
+use crate::{
+    disk::{RealDisk, replace_file},
+    limits,
+};
 
 const LOCK: &str = "lock";
 const GROUPS_WRITTEN: &str = "groups-written";
@@ -77,7 +80,7 @@ impl Store for DirStore {
 
     fn save(&self, document: Document, bytes: &[u8]) -> Result<(), StoreError> {
         let path = self.path.join(document.to_string());
-        replace_file(&path, bytes).map_err(|source| StoreError::File {
+        replace_file(&RealDisk, &path, bytes).map_err(|source| StoreError::File {
             operation: "write",
             path,
             source,
@@ -138,35 +141,6 @@ fn load(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
 fn read_groups_written(folder: &Path) -> u64 {
     let text = fs::read_to_string(folder.join(GROUPS_WRITTEN)).unwrap_or_default();
     text.trim().parse().unwrap_or(0)
-}
-
-/// Replaces a file as a whole, mode 0600: temporary file, fsync, rename, fsync of the directory. Whatever fails or is cut,
-/// the old or the new content is there.
-pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = path.with_added_extension("tmp");
-    // A temporary file left by a cut may be of any content and mode.
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    sync_parent(path)
-}
-
-/// Makes the directory entry of `path` durable.
-pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 
 use super::bench::*;
 use crate::{
-    AgentEvent, DirStore, Document, Exit, FileSlots, FileSlotsSettings, ImageFacts, Phase, SlotId,
-    Store, StoreError,
+    AgentEvent, Bootloader, DirStore, Document, Exit, FileSlots, FileSlotsSettings, ImageFacts,
+    Phase, SlotId, Store, StoreError,
     agent::memory::Status,
     health::{Health, HealthCheck, Verdict},
 };
@@ -73,7 +73,8 @@ async fn files_on_disk_are_updated_the_same() {
     let path = |name: &str| folder.path().join(name);
     let settings = FileSlotsSettings {
         paths: [path("a"), path("b")],
-        capacity: 20 * GROUP as u64,
+        capacity: Some(20 * GROUP as u64),
+        bootloader: Bootloader::Emulated,
         boot_record: path("boot.rec"),
         first_image: ImageFacts {
             release_id: None,
@@ -103,7 +104,7 @@ async fn files_on_disk_are_updated_the_same() {
     let (_, events) = bench.run_on(slots, ended).await;
     assert_eq!(phases(&events).last(), Some(&Phase::Succeeded));
     // What `fwpush-device status` shows, from the files alone.
-    let boot = FileSlots::look(&settings.boot_record).unwrap().unwrap();
+    let boot = FileSlots::look(&settings).unwrap().unwrap();
     let document = DirStore::look(&path("state"), Document::State)
         .unwrap()
         .unwrap();

@@ -1,5 +1,7 @@
 use super::*;
 
+const CAPACITY: u64 = 200_000;
+
 fn image(version: &str, counter: u64) -> ImageFacts {
     ImageFacts {
         release_id: None,
@@ -14,7 +16,8 @@ fn settings(folder: &tempfile::TempDir) -> FileSlotsSettings {
     let path = |name| folder.path().join(name);
     FileSlotsSettings {
         paths: [path("a.img"), path("b.img")],
-        capacity: 200_000,
+        capacity: Some(CAPACITY),
+        bootloader: Bootloader::Emulated,
         boot_record: path("boot.rec"),
         first_image: image("1.0.0", 1),
     }
@@ -53,9 +56,7 @@ fn a_trial_becomes_the_confirmed_slot_and_survives_restarts_of_the_process() {
         SlotState::Trial { tries_left: 1 }
     );
     slots.confirm_running(2).unwrap();
-    let confirmed = FileSlots::look(&settings(&folder).boot_record)
-        .unwrap()
-        .unwrap();
+    let confirmed = FileSlots::look(&settings(&folder)).unwrap().unwrap();
     assert!(confirmed.confirmed());
     assert_eq!(confirmed.running_slot().image, Some(image("1.1.0", 2)));
     assert_eq!(
@@ -129,7 +130,7 @@ fn a_given_image_is_kept_and_grows_only_when_it_becomes_the_spare() {
     slots.invalidate_spare().unwrap();
     assert_eq!(
         std::fs::metadata(&settings.paths[0]).unwrap().len(),
-        settings.capacity
+        CAPACITY
     );
 }
 

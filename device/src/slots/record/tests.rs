@@ -1,6 +1,11 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::disk::RealDisk;
+
+fn disk() -> Arc<dyn Disk> {
+    Arc::new(RealDisk)
+}
 
 fn image(counter: u64) -> ImageFacts {
     ImageFacts {
@@ -14,7 +19,7 @@ fn image(counter: u64) -> ImageFacts {
 
 fn installed(folder: &tempfile::TempDir) -> (PathBuf, RecordFile) {
     let path = folder.path().join("boot.rec");
-    let file = RecordFile::create(&path, &BootRecord::first(SlotId::A, image(3))).unwrap();
+    let file = RecordFile::create(&disk(), &path, &BootRecord::first(SlotId::A, image(3))).unwrap();
     (path, file)
 }
 
@@ -101,7 +106,7 @@ fn a_write_torn_at_any_byte_leaves_the_old_or_the_new_record() {
         for (first, second) in [(&after, &before), (&before, &after)] {
             let torn: Vec<u8> = first[..cut].iter().chain(&second[cut..]).copied().collect();
             std::fs::write(&path, &torn).unwrap();
-            let found = RecordFile::look(&path).unwrap().unwrap();
+            let found = RecordFile::look(&RealDisk, &path).unwrap().unwrap();
             assert!(found == old || found == new, "cut at {cut}: {found:?}");
         }
     }
@@ -113,12 +118,12 @@ fn two_broken_copies_are_an_error_and_not_a_default() {
     let (path, _) = installed(&folder);
     for garbage in [
         vec![],
-        vec![0; 8192],
+        [vec![0; 4096], vec![1; 4096]].concat(),
         vec![0xff; 100],
         b"FWPBOOT1 and no more".repeat(400),
     ] {
         std::fs::write(&path, garbage).unwrap();
-        let error = RecordFile::open(&path).unwrap_err();
+        let error = RecordFile::open(&disk(), &path).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -143,7 +148,11 @@ fn a_broken_newer_copy_falls_back_to_the_older() {
     bytes[4096 + 100] ^= 1;
     std::fs::write(&path, bytes).unwrap();
     assert_eq!(
-        *RecordFile::open(&path).unwrap().unwrap().get().unwrap(),
+        *RecordFile::open(&disk(), &path)
+            .unwrap()
+            .unwrap()
+            .get()
+            .unwrap(),
         old
     );
 }
