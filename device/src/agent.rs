@@ -8,6 +8,7 @@ use fwpush_keys::{
     tls::{Credentials, TlsError},
     trust::TrustError,
 };
+use fwpush_proto::v1;
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
 use tokio::{
@@ -31,13 +32,14 @@ use crate::{
     wire,
 };
 
+mod gate;
 mod inbound;
 mod jobs;
 mod memory;
 #[cfg(test)]
 mod tests;
 
-use jobs::JobEnd;
+use jobs::{Fetching, JobEnd};
 use memory::Memory;
 pub use memory::Status;
 
@@ -196,7 +198,10 @@ pub struct Agent<S: Slots> {
     rng_seed: u64,
     /// With `once`: what the run has come to.
     once: Once,
-    notices: inbound::NoticeGate,
+    /// What the server says, no faster than it is worth; over all sessions.
+    notices: gate::Latest<v1::FileNotice>,
+    trust_updates: gate::Latest<v1::TrustUpdate>,
+    words: gate::Bucket,
     reboot_by: Option<Instant>,
 }
 
@@ -220,14 +225,16 @@ struct Once {
 /// The channels of a run.
 struct Wires {
     events: mpsc::Receiver<LinkEvent>,
-    facts: watch::Sender<fwpush_proto::v1::DeviceFacts>,
+    facts: watch::Sender<v1::DeviceFacts>,
     outbox: watch::Sender<Arc<[crate::update::Report]>>,
-    messages: mpsc::Sender<fwpush_proto::v1::ClientMessage>,
+    messages: mpsc::Sender<v1::ClientMessage>,
     connection: watch::Receiver<Option<crate::channel::Connection>>,
     progress: watch::Receiver<u64>,
     progress_tx: watch::Sender<u64>,
     jobs: JoinSet<JobEnd>,
-    fetching: Option<crate::update::JobId>,
+    fetching: Option<Fetching>,
+    /// Calls on the slots that were under way when their job was cancelled.
+    ending: JoinSet<()>,
 }
 
 impl<S: Slots> Agent<S> {
@@ -303,6 +310,7 @@ impl<S: Slots> Agent<S> {
             progress_tx,
             jobs,
             fetching: None,
+            ending: JoinSet::new(),
         };
         (wires, link)
     }
@@ -339,6 +347,12 @@ impl<S: Slots> Agent<S> {
                         self.on_notice(notice);
                     }
                 }
+                () = sleep_until(self.trust_updates.ready_at()) => {
+                    if let Some(update) = self.trust_updates.take_held(Instant::now()) {
+                        self.on_trust_update(&update, wires);
+                    }
+                }
+                Some(_) = wires.ending.join_next() => {}
             }
         }
     }
@@ -358,7 +372,10 @@ impl<S: Slots> Agent<S> {
             };
             self.execute(output, wires);
         }
-        self.publish(wires);
+        // An order to stop is answered when nothing more can follow: a write that has begun ends first.
+        if wires.ending.is_empty() {
+            self.publish(wires);
+        }
         Ok(())
     }
 
@@ -381,10 +398,7 @@ impl<S: Slots> Agent<S> {
             Output::Command(Command::Reboot) => {
                 self.reboot_by = Some(Instant::now() + limits::REBOOT_GRACE);
             }
-            Output::Command(Command::Cancel) => {
-                wires.jobs.abort_all();
-                wires.fetching = None;
-            }
+            Output::Command(Command::Cancel) => self.cancel_jobs(wires),
             Output::Command(Command::AskConsent { job, offer }) => {
                 let consent = (self.consent)(&offer);
                 self.feed(Input::Consent { job, consent });

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use fwpush_keys::time::Timestamp;
+
 // ---- What the server asks for, clamped (invariant 3: a server taken over can withhold, not harass) ----
 
 /// Below this a heartbeat would be a load of its own on a metered link.
@@ -46,10 +48,14 @@ pub const ROOT_HOPS: u64 = 1024;
 pub const WORDS_BYTES: usize = 1024;
 /// Generations are integers that JSON readers take exactly; a higher one would never be followed by another.
 pub const GENERATION_MAX: u64 = (1 << 53) - 1;
-/// The highest that a new state directory begins with: half of them.
-pub const GENERATION_FIRST_MAX: u64 = 1 << 52;
-/// How far a generation may be ahead of the newest observed. Far more changes than a device can miss, and so few that the
-/// other half lasts for 2^28 notices: for eighty years at [`NOTICE_INTERVAL`].
+/// A new state directory begins with at most so many generations for each second since [`GENERATIONS_SINCE`]: more than
+/// any server counts, and more than a server taken over can add at [`GENERATION_STEP_MAX`] each [`MESSAGE_INTERVAL`].
+/// So whatever such a server made a device observe, a minute after it is gone the rightful server's next number is one
+/// that the device also follows when it has lost its state. The numbers last until 2093.
+pub const GENERATIONS_PER_SECOND: u64 = 1 << 22;
+/// 2025-01-01T00:00:00Z, a year before any time that an agent believes.
+pub const GENERATIONS_SINCE: Timestamp = Timestamp::from_ms(1_735_689_600_000);
+/// How far a generation may be ahead of the newest observed: far more changes than a device can miss.
 pub const GENERATION_STEP_MAX: u64 = 1 << 24;
 /// Nonce of a notice, echoed; a UUID is 36.
 pub const NONCE_BYTES: usize = 128;
@@ -63,10 +69,11 @@ pub const ATTRIBUTES_BYTES: usize = 4 * 1024;
 /// What a failing health check may say.
 pub const HEALTH_STDERR_BYTES: usize = 1024;
 
-/// Notices looked at in a row; each new one writes the state.
-pub const NOTICE_BURST: u32 = 16;
-/// And one more after each of these: a server taken over cannot wear the flash with notices.
-pub const NOTICE_INTERVAL: Duration = Duration::from_secs(10);
+/// Notices looked at in a row, and as many trust updates, and as many words for people: a new notice writes the state, a
+/// trust update may write documents and costs signatures to check.
+pub const MESSAGE_BURST: u32 = 16;
+/// And one more after each of these: a server taken over cannot wear the flash, the processor or the log.
+pub const MESSAGE_INTERVAL: Duration = Duration::from_secs(10);
 /// The state could not be saved: tried again after this.
 pub const SAVE_RETRY: Duration = Duration::from_secs(2);
 /// Tries in a row; five minutes of a full or read-only disk. Nothing that needs saved state happens meanwhile.

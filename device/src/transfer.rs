@@ -12,6 +12,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{AgentEvent, Observer},
@@ -39,6 +40,8 @@ pub(crate) struct Transfer<S> {
     /// Bytes of the image that the spare slot holds, verified.
     pub progress: watch::Sender<u64>,
     pub random: SmallRng,
+    /// Once cancelled, nothing more is written.
+    pub stop: CancellationToken,
 }
 
 impl<S: Slots> Transfer<S> {
@@ -54,6 +57,7 @@ impl<S: Slots> Transfer<S> {
             Arc::clone(&self.observe),
             self.progress.clone(),
             missing,
+            self.stop.clone(),
         );
         let mut sink = self.reuse(sink).await?;
         tries.progress();

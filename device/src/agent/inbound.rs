@@ -71,7 +71,13 @@ impl<S: Slots> Agent<S> {
                 self.once.up_to_date =
                     ack.desired_generation <= self.updater.state().observed_generation;
             }
-            Kind::TrustUpdate(update) => self.on_trust_update(&update, wires),
+            Kind::TrustUpdate(update) => {
+                if let Some(update) = self.trust_updates.pass(update, Instant::now()) {
+                    self.on_trust_update(&update, wires);
+                }
+            }
+            // For people, who would not read more.
+            Kind::Text(_) | Kind::Event(_) if !self.words.take(Instant::now()) => {}
             Kind::Text(text) => {
                 self.tell(AgentEvent::Text(printable(&text.text, limits::TEXT_BYTES)))
             }
@@ -94,7 +100,7 @@ impl<S: Slots> Agent<S> {
     }
 
     /// Takes what verifies, keeps it, and answers with what is held now.
-    fn on_trust_update(&mut self, update: &v1::TrustUpdate, wires: &Wires) {
+    pub(super) fn on_trust_update(&mut self, update: &v1::TrustUpdate, wires: &Wires) {
         let held = (
             self.trust.root().version,
             self.trust.revocation_version(&self.settings.product),
@@ -152,52 +158,6 @@ impl<S: Slots> Agent<S> {
     }
 }
 
-/// Lets a burst of notices through, then one at a time, the latest: only that one counts.
-#[derive(Debug)]
-pub(super) struct NoticeGate {
-    passes: u32,
-    /// When the next pass is made.
-    next: Instant,
-    held: Option<v1::FileNotice>,
-}
-
-impl NoticeGate {
-    pub(super) fn new(now: Instant) -> Self {
-        Self {
-            passes: limits::NOTICE_BURST,
-            next: now + limits::NOTICE_INTERVAL,
-            held: None,
-        }
-    }
-
-    /// The notice, or nothing while it must wait.
-    fn pass(&mut self, notice: v1::FileNotice, now: Instant) -> Option<v1::FileNotice> {
-        self.held = Some(notice);
-        self.take_held(now)
-    }
-
-    /// When [`NoticeGate::take_held`] is worth asking.
-    pub(super) fn ready_at(&self) -> Option<Instant> {
-        self.held.as_ref().map(|_| self.next)
-    }
-
-    /// The latest notice that had to wait, if its time has come.
-    pub(super) fn take_held(&mut self, now: Instant) -> Option<v1::FileNotice> {
-        while self.next <= now && self.passes < limits::NOTICE_BURST {
-            self.next += limits::NOTICE_INTERVAL;
-            self.passes += 1;
-        }
-        if self.passes == limits::NOTICE_BURST {
-            self.next = now + limits::NOTICE_INTERVAL;
-        }
-        if self.passes == 0 {
-            return None;
-        }
-        self.passes -= 1;
-        self.held.take()
-    }
-}
-
 /// Text of somebody else, fit for a terminal.
 fn printable(text: &str, limit: usize) -> String {
     let text = &text[..text.floor_char_boundary(limit)];
@@ -215,35 +175,6 @@ fn printable(text: &str, limit: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn notice(generation: u64) -> v1::FileNotice {
-        v1::FileNotice {
-            generation,
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn a_flood_of_notices_is_thinned_to_the_latest() {
-        let start = Instant::now();
-        let mut gate = NoticeGate::new(start);
-        let flood = |gate: &mut NoticeGate, now| {
-            (1..=1_000)
-                .filter_map(|n| gate.pass(notice(n), now))
-                .count()
-        };
-        assert_eq!(flood(&mut gate, start), limits::NOTICE_BURST as usize);
-        assert!(gate.take_held(start).is_none());
-        let ready = gate.ready_at().unwrap();
-        assert_eq!(gate.take_held(ready).unwrap().generation, 1_000);
-        assert!(gate.ready_at().is_none());
-        let late = ready + limits::NOTICE_INTERVAL * 100;
-        assert_eq!(
-            flood(&mut gate, late),
-            limits::NOTICE_BURST as usize,
-            "a long silence earns no more than a burst"
-        );
-    }
 
     #[test]
     fn words_of_others_cannot_drive_the_terminal() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use fwpush_keys::{error_text, outline::OutlineBuilder};
 use rand::{SeedableRng as _, rngs::SmallRng};
 use tokio::task::JoinError;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{Agent, Wires};
 use crate::{
@@ -24,7 +25,31 @@ pub(super) struct JobEnd {
     boot: Option<Box<BootView>>,
 }
 
+/// The transfer under way.
+#[derive(Debug)]
+pub(super) struct Fetching {
+    job: JobId,
+    /// Cancelled before anything else is done about it: not one more group is written.
+    stop: CancellationToken,
+}
+
 impl<S: Slots> Agent<S> {
+    /// Ends the job under way. What of it cannot be dropped, a call on the slots, is waited for in `wires.ending`.
+    pub(super) fn cancel_jobs(&mut self, wires: &mut Wires) {
+        if let Some(fetching) = wires.fetching.take() {
+            fetching.stop.cancel();
+        }
+        wires.jobs.abort_all();
+        let slots = self.slots.clone();
+        if slots.blocks() {
+            wires.ending.spawn(async move {
+                let _ = slots.run(|_| ()).await;
+            });
+        } else {
+            let _ = slots.call(|_| ());
+        }
+    }
+
     pub(super) fn start_job(&mut self, command: Command, wires: &mut Wires) {
         let slots = self.slots.clone();
         match command {
@@ -39,7 +64,11 @@ impl<S: Slots> Agent<S> {
             Command::Fetch { job, release } => {
                 wires.progress_tx.send_replace(0);
                 wires.progress.mark_unchanged();
-                wires.fetching = Some(job);
+                let stop = CancellationToken::new();
+                wires.fetching = Some(Fetching {
+                    job,
+                    stop: stop.clone(),
+                });
                 let transfer = Transfer {
                     slots: slots.clone(),
                     store: self.memory.store(),
@@ -48,6 +77,7 @@ impl<S: Slots> Agent<S> {
                     observe: Arc::clone(&self.observe),
                     progress: wires.progress_tx.clone(),
                     random: SmallRng::seed_from_u64(self.rng_seed ^ job.0),
+                    stop,
                 };
                 spawn(wires, job, slots, transfer.run(release));
             }
@@ -94,12 +124,11 @@ impl<S: Slots> Agent<S> {
     pub(super) fn on_job_end(&mut self, ended: Result<JobEnd, JoinError>, wires: &mut Wires) {
         match ended {
             Ok(JobEnd { job, result, boot }) => {
-                if wires.fetching == Some(job) {
-                    wires.fetching = None;
-                }
+                wires.fetching.take_if(|fetching| fetching.job == job);
                 self.feed(Input::Done { job, result, boot });
             }
             Err(error) if error.is_cancelled() => {}
+            // A job catches what its work does; see `spawn`.
             Err(error) => {
                 tracing::error!(error = error_text(&error), "A task of the agent panicked.")
             }
@@ -108,7 +137,7 @@ impl<S: Slots> Agent<S> {
 
     pub(super) fn on_progress(&mut self, wires: &mut Wires) {
         let bytes_done = *wires.progress.borrow_and_update();
-        if let Some(job) = wires.fetching {
+        if let Some(Fetching { job, .. }) = wires.fetching {
             self.feed(Input::Progress { job, bytes_done });
         }
     }
@@ -121,15 +150,32 @@ fn spawn<S: Slots>(
     work: impl Future<Output = Result<(), Trouble>> + Send + 'static,
 ) {
     wires.jobs.spawn(async move {
-        let result = work.await;
-        let boot = slots
-            .run(Slots::view)
-            .await
-            .ok()
-            .and_then(Result::ok)
-            .map(Box::new);
-        JobEnd { job, result, boot }
+        let result = guarded(work).await.unwrap_or_else(Err);
+        let boot = guarded(async move { slots.run(Slots::view).await }).await;
+        JobEnd {
+            job,
+            result,
+            boot: boot
+                .ok()
+                .and_then(Result::ok)
+                .and_then(Result::ok)
+                .map(Box::new),
+        }
     });
+}
+
+/// Runs something so that a panic in it, which is a bug of ours or of a library, ends the job and not the wait for it.
+/// Dropped with the future that it returns. A build that aborts on panics, as the release profile does, never gets here.
+async fn guarded<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Trouble> {
+    AbortOnDropHandle::new(tokio::spawn(work))
+        .await
+        .map_err(|error| {
+            let message = format!("a bug in the agent: {}", error_text(&error));
+            tracing::error!(error = message, "A job of the agent panicked.");
+            Trouble::lasting("INTERNAL", message)
+        })
 }
 
 async fn on_slots<S: Slots>(

@@ -14,7 +14,10 @@ use fwpush_keys::{
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{Agent, AgentError, AgentParts, Once, inbound::NoticeGate};
+use super::{
+    Agent, AgentError, AgentParts, Once,
+    gate::{Bucket, Latest},
+};
 use crate::{
     limits,
     settings::AgentSettings,
@@ -132,7 +135,9 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         started: Instant::now(),
         rng_seed: parts.rng_seed,
         once: Once::default(),
-        notices: NoticeGate::new(Instant::now()),
+        notices: Latest::new(Instant::now()),
+        trust_updates: Latest::new(Instant::now()),
+        words: Bucket::new(Instant::now()),
         reboot_by: None,
     })
 }

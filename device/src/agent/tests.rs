@@ -1,7 +1,9 @@
 //! The agent against a server in the same process: real gRPC over an in-memory stream, real signatures, faults on demand.
 
+mod aborts;
 mod bench;
 mod downloads;
+mod floods;
 mod server;
 mod sessions;
 mod slots;

@@ -55,9 +55,12 @@ impl<S: Slots> SlotHandle<S> {
             return self.call(call);
         }
         let handle = self.clone();
-        tokio::task::spawn_blocking(move || handle.call(call))
-            .await
-            .unwrap_or(Err(Gone))
+        let called = tokio::task::spawn_blocking(move || handle.call(call)).await;
+        called.unwrap_or_else(|error| match error.try_into_panic() {
+            // Goes on in the task that asked for the call.
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Gone),
+        })
     }
 
     /// Takes the slots back; calls that are made later find them gone.

@@ -228,9 +228,12 @@ impl<S: Slots> Writer<S> {
     }
 }
 
-/// The writing thread is gone: the process is stopping, or a slot's code panicked.
+/// The writing thread is gone because the process is stopping. A panic goes on where its work was waited for.
 pub(super) fn stopped(error: JoinError) -> Trouble {
-    Trouble::transient("STOPPED", error.to_string())
+    match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => Trouble::transient("STOPPED", error.to_string()),
+    }
 }
 
 /// The chunks of one call.

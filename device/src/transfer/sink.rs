@@ -6,6 +6,7 @@ use bytes::Bytes;
 use fwpush_keys::outline::GROUP_BYTES;
 use thiserror::Error;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 use super::pull::stopped;
 use crate::{
@@ -52,6 +53,7 @@ pub(super) struct Sink<S> {
     partial: Vec<u8>,
     unsynced_bytes: u64,
     synced_at: Instant,
+    stop: CancellationToken,
 }
 
 impl<S: Slots> Sink<S> {
@@ -61,6 +63,7 @@ impl<S: Slots> Sink<S> {
         observe: Observer,
         progress: watch::Sender<u64>,
         missing: Missing,
+        stop: CancellationToken,
     ) -> Self {
         Self {
             slots,
@@ -72,6 +75,7 @@ impl<S: Slots> Sink<S> {
             partial: Vec::new(),
             unsynced_bytes: 0,
             synced_at: Instant::now(),
+            stop,
         }
     }
 
@@ -150,10 +154,15 @@ impl<S: Slots> Sink<S> {
         if outline.check(index, group).is_err() {
             return Err(SinkError::Group { index, bytes });
         }
-        // Counted before it is written: a kill between the two counts one too many, never one too few.
-        self.store.count_groups_written(1);
-        self.slots
-            .call(|slots| slots.write_spare(bytes.start, group))??;
+        self.slots.call(|slots| {
+            // Asked with the slots in hand: whoever cancels and then gets hold of them knows that no write follows.
+            if self.stop.is_cancelled() {
+                return Err(SinkError::Gone);
+            }
+            // Counted before it is written: a kill between the two counts one too many, never one too few.
+            self.store.count_groups_written(1);
+            Ok(slots.write_spare(bytes.start, group)?)
+        })??;
         self.missing.have(index);
         (self.observe)(AgentEvent::GroupWritten { index });
         if self.missing.bytes_done() - *self.progress.borrow() >= limits::PROGRESS_BYTES {

@@ -18,7 +18,7 @@ impl Updater {
     /// Newer than all that was observed: takes the place of what is under way, unless that is past its mark. The same again:
     /// answered again. Older: ignored.
     pub(super) fn on_notice(&mut self, mut notice: Notice, context: &mut Context<'_>) {
-        if !self.may_follow(notice.generation) {
+        if !self.may_follow(notice.generation, context.now.wall) {
             return;
         }
         notice
@@ -55,10 +55,13 @@ impl Updater {
 
     /// Whether a generation leaves room for those that follow. A server that was taken over could otherwise use the numbers
     /// up and make the device deaf to its rightful server.
-    fn may_follow(&self, generation: u64) -> bool {
+    fn may_follow(&self, generation: u64, now: Timestamp) -> bool {
         let most = match self.state.observed_generation {
-            // A state directory that is new or was lost: the server may have counted for long.
-            0 => limits::GENERATION_FIRST_MAX,
+            // A state directory that is new or was lost: the server may have counted for long, but not faster than time.
+            0 => now
+                .since(limits::GENERATIONS_SINCE)
+                .as_secs()
+                .saturating_mul(limits::GENERATIONS_PER_SECOND),
             observed => observed.saturating_add(limits::GENERATION_STEP_MAX),
         };
         (1..=most.min(limits::GENERATION_MAX)).contains(&generation)

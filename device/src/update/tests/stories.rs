@@ -193,11 +193,16 @@ fn a_file_that_the_manifest_does_not_name_is_rejected() {
     }
 }
 
+/// The highest generation that a new state begins with at this moment.
+fn first_most(world: &World) -> u64 {
+    world.now.wall.since(limits::GENERATIONS_SINCE).as_secs() * limits::GENERATIONS_PER_SECOND
+}
+
 #[test]
 fn a_server_cannot_use_the_generations_up() {
     let mut world = World::new();
     let last = limits::GENERATION_MAX;
-    for generation in [last, limits::GENERATION_FIRST_MAX + 1] {
+    for generation in [last, first_most(&world) + 1] {
         world.order(generation, Action::Hold);
         assert_eq!(world.updater.state().observed_generation, 0);
     }
@@ -207,6 +212,31 @@ fn a_server_cannot_use_the_generations_up() {
     world.order(last, Action::Hold);
     world.offer(1_000_000_001, &Spec::good(1));
     assert_eq!(world.updater.state().observed_generation, 1_000_000_001);
+}
+
+#[test]
+fn numbers_that_were_driven_up_do_not_make_a_device_deaf_that_loses_its_state() {
+    let mut world = World::new();
+    let mut generation = first_most(&world);
+    world.order(generation, Action::Hold);
+    let drive_up = |world: &mut World, generation: &mut u64| {
+        *generation += limits::GENERATION_STEP_MAX;
+        world.order(*generation, Action::Hold);
+        assert_eq!(world.updater.state().observed_generation, *generation);
+    };
+    for _ in 1..limits::MESSAGE_BURST {
+        drive_up(&mut world, &mut generation);
+    }
+    for _ in 0..1_000 {
+        world.pass(limits::MESSAGE_INTERVAL);
+        drive_up(&mut world, &mut generation);
+    }
+    // The rightful server is back. It was told of the number and counts on from it.
+    world.pass(Duration::from_secs(60));
+    world.lose_state();
+    world.restart();
+    world.offer(generation + 1, &Spec::good(1));
+    assert_eq!(world.updater.state().observed_generation, generation + 1);
 }
 
 #[test]
