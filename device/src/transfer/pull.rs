@@ -213,6 +213,10 @@ async fn drain_beside<S: Slots>(
 }
 
 /// The sink, here or on the thread that writes.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one, and it does not move far"
+)]
 enum Writer<S> {
     Idle(Sink<S>),
     Busy(JoinHandle<(Sink<S>, Result<(), SinkError>)>),

@@ -93,7 +93,8 @@ fn nothing_is_written_after_an_order_to_stop_was_answered() {
     let (bench, at_answer) = runtime.block_on(hold_while_it_writes());
     // Waits for everything that still runs on another thread.
     drop(runtime);
-    assert!((1..16).contains(&at_answer), "{at_answer} writes");
+    // Not even the batch of eight groups that the order came into was written to its end.
+    assert!((2..9).contains(&at_answer), "{at_answer} writes");
     assert_eq!(bench.writes().len(), at_answer);
 }
 
