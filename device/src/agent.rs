@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    attributes::Attributes,
     channel::Dial,
     health::Health,
     limits,
@@ -36,6 +37,7 @@ mod gate;
 mod inbound;
 mod jobs;
 mod memory;
+mod owner;
 #[cfg(test)]
 mod tests;
 
@@ -202,6 +204,10 @@ pub struct Agent<S: Slots> {
     notices: gate::Latest<v1::FileNotice>,
     trust_updates: gate::Latest<v1::TrustUpdate>,
     words: gate::Bucket,
+    /// Sent at registration.
+    attributes: Attributes,
+    /// When they are looked for again.
+    attributes_due: Instant,
     reboot_by: Option<Instant>,
 }
 
@@ -235,6 +241,8 @@ struct Wires {
     fetching: Option<Fetching>,
     /// Calls on the slots that were under way when their job was cancelled.
     ending: JoinSet<()>,
+    /// What the device is asked about itself.
+    attributes: JoinSet<Attributes>,
 }
 
 impl<S: Slots> Agent<S> {
@@ -251,6 +259,9 @@ impl<S: Slots> Agent<S> {
         let stop_link = stop.child_token();
         // Also when this future is dropped: a simulated power cut leaves no connection behind.
         let _cut = stop_link.clone().drop_guard();
+        if !self.first_attributes(&stop).await {
+            return Ok(Exit::Stopped);
+        }
         let (mut wires, link) = self.wire_up();
         let link = tokio::spawn(link.run(stop_link.clone()));
         let exit = self.serve(&mut wires, &stop).await;
@@ -275,8 +286,7 @@ impl<S: Slots> Agent<S> {
     fn wire_up(&self) -> (Wires, Link) {
         let (events_tx, events) = mpsc::channel(limits::INBOUND_QUEUE);
         let (messages, messages_rx) = mpsc::channel(limits::OUTBOUND_QUEUE);
-        let (facts, facts_rx) =
-            watch::channel(wire::facts(&self.settings, &self.updater, &self.trust));
+        let (facts, facts_rx) = watch::channel(self.facts());
         let (outbox, outbox_rx) =
             watch::channel(self.updater.state().outbox.reports().cloned().collect());
         let (connection_tx, connection) = watch::channel(None);
@@ -311,6 +321,7 @@ impl<S: Slots> Agent<S> {
             jobs,
             fetching: None,
             ending: JoinSet::new(),
+            attributes: JoinSet::new(),
         };
         (wires, link)
     }
@@ -353,6 +364,10 @@ impl<S: Slots> Agent<S> {
                     }
                 }
                 Some(_) = wires.ending.join_next() => {}
+                Some(Ok(found)) = wires.attributes.join_next() => self.attributes = found,
+                () = sleep_until(self.settings.attributes_dir.is_some().then_some(self.attributes_due)), if wires.attributes.is_empty() => {
+                    self.refresh_attributes(wires);
+                }
             }
         }
     }
@@ -400,8 +415,7 @@ impl<S: Slots> Agent<S> {
             }
             Output::Command(Command::Cancel) => self.cancel_jobs(wires),
             Output::Command(Command::AskConsent { job, offer }) => {
-                let consent = (self.consent)(&offer);
-                self.feed(Input::Consent { job, consent });
+                self.ask_owner(job, offer, wires);
             }
             Output::Command(command) => self.start_job(command, wires),
         }
@@ -434,6 +448,11 @@ impl<S: Slots> Agent<S> {
         self.updater.poll_timeout().map(|at| self.started + at)
     }
 
+    /// What the device says of itself at registration.
+    fn facts(&self) -> v1::DeviceFacts {
+        wire::facts(&self.settings, &self.attributes, &self.updater, &self.trust)
+    }
+
     fn tell(&self, event: AgentEvent) {
         (self.observe)(event);
     }
@@ -449,7 +468,7 @@ impl<S: Slots> Agent<S> {
             !same
         });
         wires.facts.send_if_modified(|facts| {
-            let now = wire::facts(&self.settings, &self.updater, &self.trust);
+            let now = self.facts();
             let same = *facts == now;
             *facts = now;
             !same

@@ -1,7 +1,6 @@
 //! `agent.toml`. Relative paths are relative to the file; an unknown key is an error, so that a typo is not a default.
 
 use std::{
-    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
@@ -17,20 +16,31 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::{
+    attributes::{self, Attributes},
     health::{Health, HealthCheck},
     limits,
     settings::{AgentSettings, TransferSettings},
+    window::Window,
 };
 
+mod owner;
+mod service;
 mod slots;
+mod transfer;
 
+use owner::{HooksSection, InstallSection, Problem, check_command, check_seconds};
+pub use service::RebootSettings;
+use service::ServiceSection;
 use slots::SlotsSection;
+use transfer::TransferSection;
 
 /// A configuration file that was read and checked. What it names is not opened yet.
 #[derive(Debug, Clone)]
 pub struct Config {
     file: ConfigFile,
     path: PathBuf,
+    transfer: TransferSettings,
+    window: Option<Window>,
 }
 
 /// Certificates and the first root, read from where the configuration says.
@@ -69,7 +79,8 @@ struct ConfigFile {
     channels: Vec<Channel>,
     state_dir: PathBuf,
     #[serde(default)]
-    attributes: BTreeMap<String, String>,
+    attributes: Attributes,
+    attributes_dir: Option<PathBuf>,
     identity: IdentitySection,
     slots: SlotsSection,
     running: RunningSection,
@@ -77,6 +88,12 @@ struct ConfigFile {
     health: HealthSection,
     #[serde(default)]
     transfer: TransferSection,
+    #[serde(default)]
+    hooks: HooksSection,
+    #[serde(default)]
+    install: InstallSection,
+    #[serde(default)]
+    service: ServiceSection,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -104,18 +121,6 @@ struct HealthSection {
     confirm_timeout_s: Option<u64>,
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct TransferSection {
-    stream_window_bytes: Option<u32>,
-    connection_window_bytes: Option<u32>,
-    max_frame_bytes: Option<u32>,
-    chunk_bytes: Option<u32>,
-    bandwidth_limit_bytes_per_s: Option<u64>,
-    #[serde(default)]
-    mirror_hosts: Vec<String>,
-}
-
 impl Config {
     /// Reads and checks a file; opens nothing that it names.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
@@ -131,106 +136,46 @@ impl Config {
             path: path.into(),
             message: error.to_string(),
         })?;
-        let config = Self {
-            file,
+        Self::checked(file, path).map_err(|(key, problem)| ConfigError::Value {
             path: path.into(),
-        };
-        config.check()?;
-        Ok(config)
+            key,
+            problem,
+        })
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
-        let file = &self.file;
-        let wrong = |key, problem: String| {
-            Err(ConfigError::Value {
-                path: self.path.clone(),
-                key,
-                problem,
-            })
-        };
+    fn checked(file: ConfigFile, path: &Path) -> Result<Self, Problem> {
         if file.servers.is_empty() || file.servers.len() > limits::SERVERS {
-            return wrong(
-                "servers",
-                format!(
-                    "must list 1 to {} servers as \"HOST:PORT\"",
-                    limits::SERVERS
-                ),
-            );
+            let most = limits::SERVERS;
+            let problem = format!("must list 1 to {most} servers as \"HOST:PORT\"");
+            return Err(("servers", problem));
         }
         if let Some(server) = file.servers.iter().find(|server| !is_host_and_port(server)) {
-            return wrong(
-                "servers",
-                format!("has {server:?}; write \"HOST:PORT\", such as \"updates.example:7443\""),
-            );
+            let problem =
+                format!("has {server:?}; write \"HOST:PORT\", such as \"updates.example:7443\"");
+            return Err(("servers", problem));
         }
         if file.channels.is_empty() || file.channels.len() > limits::CHANNELS {
-            return wrong(
-                "channels",
-                format!(
-                    "must list 1 to {} channels, such as \"stable\"",
-                    limits::CHANNELS
-                ),
-            );
+            let most = limits::CHANNELS;
+            let problem = format!("must list 1 to {most} channels, such as \"stable\"");
+            return Err(("channels", problem));
         }
-        let attribute_bytes: usize = file
-            .attributes
-            .iter()
-            .map(|(key, value)| key.len() + value.len())
-            .sum();
-        if file.attributes.len() > limits::ATTRIBUTES || attribute_bytes > limits::ATTRIBUTES_BYTES
-        {
-            let problem = format!(
-                "may have at most {} pairs and {} bytes",
-                limits::ATTRIBUTES,
-                limits::ATTRIBUTES_BYTES
-            );
-            return wrong("attributes", problem);
+        if !attributes::fit(&file.attributes) {
+            let (pairs, bytes) = (limits::ATTRIBUTES, limits::ATTRIBUTES_BYTES);
+            let problem = format!("may have at most {pairs} pairs and {bytes} bytes");
+            return Err(("attributes", problem));
         }
-        if let Err((key, problem)) = file.slots.check() {
-            return wrong(key, problem);
-        }
-        if file.health.command.as_ref().is_some_and(Vec::is_empty) {
-            return wrong(
-                "health.command",
-                "must name a program; leave it out for no check of your own".into(),
-            );
-        }
-        self.check_transfer()
-    }
-
-    fn check_transfer(&self) -> Result<(), ConfigError> {
-        let transfer = self.transfer();
-        let (frames, chunks) = (limits::FRAME_BYTES_RANGE, limits::CHUNK_BYTES_RANGE);
-        let windows = limits::WINDOW_BYTES_MIN..=limits::WINDOW_BYTES_MAX;
-        let values = [
-            (
-                "transfer.stream_window_bytes",
-                transfer.stream_window_bytes,
-                windows.clone(),
-            ),
-            (
-                "transfer.connection_window_bytes",
-                transfer.connection_window_bytes,
-                windows,
-            ),
-            ("transfer.max_frame_bytes", transfer.max_frame_bytes, frames),
-            ("transfer.chunk_bytes", transfer.chunk_bytes, chunks),
-        ];
-        for (key, value, range) in values {
-            if !range.contains(&value) {
-                let problem = format!(
-                    "is {value}; {} to {} is allowed",
-                    range.start(),
-                    range.end()
-                );
-                return Err(ConfigError::Value {
-                    path: self.path.clone(),
-                    key,
-                    problem,
-                });
-            }
-        }
-        Ok(())
+        file.slots.check()?;
+        check_command("health.command", file.health.command.as_deref())?;
+        check_seconds("health.timeout_s", file.health.timeout_s)?;
+        check_seconds("health.confirm_timeout_s", file.health.confirm_timeout_s)?;
+        file.hooks.check()?;
+        file.service.check()?;
+        Ok(Self {
+            transfer: file.transfer.settings()?,
+            window: file.install.window()?,
+            file,
+            path: path.into(),
+        })
     }
 
     fn resolve(&self, path: &Path) -> PathBuf {
@@ -247,7 +192,13 @@ impl Config {
             // The factory image passed the factory's tests: it is the first floor.
             built_in_floor: file.running.security_counter,
             trial_boots: file.slots.trial_boots(),
-            transfer: self.transfer(),
+            transfer: self.transfer.clone(),
+            hooks: file.hooks.hooks(),
+            install_window: self.window.clone(),
+            attributes_dir: file
+                .attributes_dir
+                .as_deref()
+                .map(|path| self.resolve(path)),
             ..AgentSettings::new(
                 file.servers.clone(),
                 file.trust_domain.clone(),
@@ -260,22 +211,9 @@ impl Config {
         }
     }
 
-    fn transfer(&self) -> TransferSettings {
-        let section = &self.file.transfer;
-        let default = TransferSettings::default();
-        TransferSettings {
-            stream_window_bytes: section
-                .stream_window_bytes
-                .unwrap_or(default.stream_window_bytes),
-            connection_window_bytes: section
-                .connection_window_bytes
-                .unwrap_or(default.connection_window_bytes),
-            max_frame_bytes: section.max_frame_bytes.unwrap_or(default.max_frame_bytes),
-            chunk_bytes: section.chunk_bytes.unwrap_or(default.chunk_bytes),
-            retry: default.retry,
-            bandwidth_limit: section.bandwidth_limit_bytes_per_s,
-            mirror_hosts: section.mirror_hosts.clone(),
-        }
+    /// How the board is rebooted.
+    pub fn reboot(&self) -> RebootSettings {
+        self.file.service.reboot()
     }
 
     /// Where state is kept.

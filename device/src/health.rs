@@ -1,10 +1,8 @@
 //! Is the new image good? Asked once after the first boot into it.
 
-use std::{fmt, path::PathBuf, process::Stdio, sync::Arc, time::Duration};
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{io::AsyncReadExt as _, process::ChildStderr};
-
-use crate::{limits, slots::SlotId};
+use crate::{limits, program::Program, slots::SlotId};
 
 /// How the agent finds out whether an image on trial is good.
 #[derive(Debug, Clone)]
@@ -78,67 +76,23 @@ impl HealthCheck {
 }
 
 async fn run_command(argv: &[String], timeout: Duration, subject: &HealthSubject) -> Verdict {
-    let Some((program, arguments)) = argv.split_first() else {
-        return Verdict::Unhealthy("the health check's command is empty".into());
-    };
-    let mut command = tokio::process::Command::new(program);
-    command
-        .args(arguments)
-        .env("FWPUSH_SLOT", subject.slot.to_string())
-        .env("FWPUSH_VERSION", subject.version.to_string())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
+    let mut environment = vec![
+        ("FWPUSH_SLOT", subject.slot.to_string().into()),
+        ("FWPUSH_VERSION", subject.version.to_string().into()),
+    ];
     if let Some(image) = &subject.image {
-        command.env("FWPUSH_IMAGE", image);
+        environment.push(("FWPUSH_IMAGE", image.into()));
     }
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            return Verdict::Unhealthy(format!(
-                "the health check {program:?} could not be started: {error}"
-            ));
-        }
+    let program = Program {
+        argv,
+        environment,
+        timeout,
     };
-    let group = child
-        .id()
-        .and_then(|id| i32::try_from(id).ok())
-        .and_then(rustix::process::Pid::from_raw);
-    let words = tokio::spawn(first_words(child.stderr.take()));
-    let finished = tokio::time::timeout(timeout, child.wait()).await;
-    // Whatever the check left running must not outlive its verdict; it also holds the pipe open.
-    if let Some(group) = group {
-        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+    match program.run().await {
+        Ok(ended) if ended.status.success() => Verdict::Healthy,
+        Ok(ended) => Verdict::Unhealthy(format!("the health check ended with {}", ended.explain())),
+        Err(error) => Verdict::Unhealthy(format!("the health check {error}")),
     }
-    match finished {
-        Ok(Ok(status)) if status.success() => Verdict::Healthy,
-        Ok(Ok(status)) => {
-            let words = words.await.unwrap_or_default();
-            Verdict::Unhealthy(format!(
-                "the health check ended with {status}: {}",
-                words.trim()
-            ))
-        }
-        Ok(Err(error)) => {
-            Verdict::Unhealthy(format!("the health check could not be waited for: {error}"))
-        }
-        Err(_) => Verdict::Unhealthy(format!("the health check did not end within {timeout:?}")),
-    }
-}
-
-/// The beginning of what a check says. The rest is read as well: a check is not to fail for talking much.
-async fn first_words(stderr: Option<ChildStderr>) -> String {
-    let mut words = Vec::new();
-    if let Some(mut stderr) = stderr {
-        let mut buffer = [0; 1024];
-        while let Ok(length @ 1..) = stderr.read(&mut buffer).await {
-            let room = limits::HEALTH_STDERR_BYTES.saturating_sub(words.len());
-            words.extend_from_slice(&buffer[..length.min(room)]);
-        }
-    }
-    String::from_utf8_lossy(&words).into_owned()
 }
 
 #[cfg(test)]

@@ -5,19 +5,25 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod attributes;
 pub mod channel;
 pub mod config;
 mod disk;
 pub mod health;
+pub mod hooks;
 pub mod limits;
 mod link;
+pub mod metered;
+mod program;
 pub mod service;
 pub mod settings;
 pub mod slots;
 pub mod store;
 mod transfer;
 pub mod update;
+pub mod window;
 mod wire;
+mod words;
 
 pub use agent::{
     Agent, AgentError, AgentEvent, AgentParts, Consenter, Exit, Observer, Status, always_consent,
@@ -31,7 +37,7 @@ pub use slots::{
     SlotError, SlotId, SlotRecord, SlotState, Slots,
 };
 pub use store::{DirStore, Document, MemoryStore, Store, StoreError};
-pub use update::{Action, Consent, Failure, Offer, Phase};
+pub use update::{Action, Consent, Failure, Offer, Phase, Step};
 
 /// Version of this agent, which a release may demand a minimum of.
 pub fn agent_version() -> semver::Version {

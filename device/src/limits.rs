@@ -66,8 +66,32 @@ pub const SERVERS: usize = 64;
 /// Attributes: pairs, and bytes of all keys and values.
 pub const ATTRIBUTES: usize = 64;
 pub const ATTRIBUTES_BYTES: usize = 4 * 1024;
-/// What a failing health check may say.
-pub const HEALTH_STDERR_BYTES: usize = 1024;
+/// What is kept of a program's standard error, its end. With what is said around it, it fits [`WORDS_BYTES`].
+pub const PROGRAM_STDERR_BYTES: usize = 800;
+/// What is kept of a program's standard output: attributes are the longest answer.
+pub const PROGRAM_STDOUT_BYTES: usize = 8 * 1024;
+/// For a pipe to be closed after the last process of a group was killed; a process that left the group may keep it open.
+pub const PROGRAM_PIPE_WAIT: Duration = Duration::from_secs(1);
+/// A hook that has no time limit of its own.
+pub const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
+/// A hook that defers without saying for how long.
+pub const HOOK_DEFER_DEFAULT: Duration = Duration::from_secs(10 * 60);
+/// Shorter deferrals would have a hook asked in a loop, each time with a write of the state.
+pub const HOOK_DEFER_MIN: Duration = Duration::from_secs(10);
+/// Time limit of the command that tells whether the link is metered.
+pub const METERED_TIMEOUT: Duration = Duration::from_secs(10);
+/// Not asked more often: its answer is believed for so long.
+pub const METERED_VALID: Duration = Duration::from_secs(60);
+/// An update that waits for another link is looked at again after this.
+pub const METERED_RETRY: Duration = Duration::from_secs(15 * 60);
+/// Ranges of the install window.
+pub const WINDOW_RANGES: usize = 32;
+/// Time limit of all programs in the attributes directory together.
+pub const ATTRIBUTES_TIMEOUT: Duration = Duration::from_secs(10);
+/// Attributes are asked for again after this; what has changed is told by registering again.
+pub const ATTRIBUTES_INTERVAL: Duration = Duration::from_secs(15 * 60);
+/// Programs in the attributes directory.
+pub const ATTRIBUTES_PROGRAMS: usize = 64;
 
 /// Notices looked at in a row, and as many trust updates, and as many words for people: a new notice writes the state, a
 /// trust update may write documents and costs signatures to check.
@@ -165,6 +189,9 @@ pub const SCAN_BYTES: usize = 256 * 1024;
 
 /// For the server to commit the last reports before a reboot: a group commit takes up to 200 ms.
 pub const REBOOT_GRACE: Duration = Duration::from_secs(1);
+
+/// For a board to go down once its reboot command was run: services are given 90 s to stop.
+pub const REBOOT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// Boots of an image on trial before the bootloader gives it up: power may be cut in the first ones by chance.
 pub const TRIAL_BOOTS: u8 = 3;

@@ -176,7 +176,12 @@ impl Link {
                 Ok(connection) => connection,
                 Err(error) => return Ended::of(&error),
             };
-        Session::new(self, connection, server).run().await
+        loop {
+            let ended = Session::new(self, connection.clone(), server).run().await;
+            if !ended.again {
+                return ended;
+            }
+        }
     }
 }
 

@@ -1,10 +1,10 @@
 //! What an agent is told before it runs. Read from `agent.toml` by [`crate::config`], or made by a simulator.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use fwpush_keys::id::{Channel, DeviceId, HwId, Product, TrustDomain};
 
-use crate::limits;
+use crate::{attributes::Attributes, hooks::Hooks, limits, metered::Metered, window::Window};
 
 /// Who the device is, whom it asks, and how it behaves.
 #[derive(Debug, Clone)]
@@ -19,7 +19,11 @@ pub struct AgentSettings {
     /// Channels from which releases are taken; at most 16.
     pub channels: Vec<Channel>,
     /// Sent at registration; at most 64 pairs, 4 KiB in all.
-    pub attributes: BTreeMap<String, String>,
+    pub attributes: Attributes,
+    /// Programs that print more of them, asked at the start and then again and again.
+    pub attributes_dir: Option<PathBuf>,
+    /// The time between.
+    pub attributes_interval: Duration,
     pub agent_version: semver::Version,
     /// When this agent was built: the earliest time it believes.
     pub built_at: fwpush_keys::time::Timestamp,
@@ -31,6 +35,10 @@ pub struct AgentSettings {
     pub installs_per_day: usize,
     /// Return [`crate::Exit::Idle`] when there is nothing more to do, instead of waiting for the next notice.
     pub once: bool,
+    /// Programs that have a say in updates.
+    pub hooks: Hooks,
+    /// When a trial may begin; `None` for at any time.
+    pub install_window: Option<Window>,
     pub transfer: TransferSettings,
     pub reconnect: ReconnectSettings,
     /// An unacknowledged report is sent again after this, up to half of it later.
@@ -52,6 +60,8 @@ pub struct TransferSettings {
     pub retry: Duration,
     /// Average bytes a second; `None` for as fast as it goes.
     pub bandwidth_limit: Option<u64>,
+    /// Whether the link costs money, and what then.
+    pub metered: Option<Metered>,
     /// Hosts from which https mirrors may be used, none by default. Reserved: this agent fetches from its server only.
     pub mirror_hosts: Vec<String>,
 }
@@ -66,6 +76,7 @@ impl Default for TransferSettings {
             chunk_bytes: limits::CHUNK_BYTES,
             retry: limits::RETRY_MIN,
             bandwidth_limit: None,
+            metered: None,
             mirror_hosts: Vec::new(),
         }
     }
@@ -111,13 +122,17 @@ impl AgentSettings {
             hw_id,
             hw_rev,
             channels: vec![channel],
-            attributes: BTreeMap::new(),
+            attributes: Attributes::new(),
+            attributes_dir: None,
+            attributes_interval: limits::ATTRIBUTES_INTERVAL,
             agent_version: crate::agent_version(),
             built_at: crate::built_at(),
             built_in_floor: 0,
             trial_boots: limits::TRIAL_BOOTS,
             installs_per_day: limits::INSTALLS_PER_WINDOW,
             once: false,
+            hooks: Hooks::default(),
+            install_window: None,
             transfer: TransferSettings::default(),
             reconnect: ReconnectSettings::default(),
             report_resend: limits::REPORT_RESEND,

@@ -18,6 +18,7 @@ use crate::{
     agent::{AgentEvent, Observer},
     channel::Connection,
     limits,
+    metered::Metered,
     settings::TransferSettings,
     slots::{SlotHandle, Slots},
     store::Store,
@@ -136,11 +137,16 @@ impl<S: Slots> Transfer<S> {
             .clone();
         let connection =
             connection.ok_or_else(|| Trouble::transient("STOPPED", "the connection has ended"))?;
+        // The link may be another than the one that the owner was asked about.
+        let metered = self.settings.metered.as_ref();
+        if let Some(wait) = Metered::deferral(metered).await {
+            return Err(Trouble::deferral("METERED", "the link is metered", wait));
+        }
         Ok(Pull {
             connection,
             file,
             chunk_bytes: tries.chunk_bytes,
-            bandwidth_limit: self.settings.bandwidth_limit,
+            bandwidth_limit: Metered::limited(metered, self.settings.bandwidth_limit).await,
             observe: Arc::clone(&self.observe),
         })
     }

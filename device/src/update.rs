@@ -31,7 +31,7 @@ mod updater;
 
 pub use judge::Admitted;
 pub use messages::{
-    Action, Command, Consent, Context, Input, JobId, Notice, Now, Offer, Output, Trouble,
+    Action, Command, Consent, Context, Input, JobId, Notice, Now, Offer, Output, Step, Trouble,
 };
 pub use outbox::Outbox;
 pub use report::{Decision, Failure, Phase, Report, ReportKind, Running};

@@ -6,6 +6,7 @@ use fwpush_keys::{TrustStore, time::Timestamp};
 use fwpush_proto::v1;
 
 use crate::{
+    attributes::Attributes,
     limits,
     settings::AgentSettings,
     update::{Action, Decision, Failure, Notice, Phase, Report, ReportKind, Running, Updater},
@@ -42,7 +43,12 @@ pub fn notice(notice: v1::FileNotice) -> Notice {
 }
 
 /// What the device says of itself.
-pub fn facts(settings: &AgentSettings, updater: &Updater, trust: &TrustStore) -> v1::DeviceFacts {
+pub fn facts(
+    settings: &AgentSettings,
+    attributes: &Attributes,
+    updater: &Updater,
+    trust: &TrustStore,
+) -> v1::DeviceFacts {
     let state = updater.state();
     v1::DeviceFacts {
         state_id: state.state_id.clone(),
@@ -50,11 +56,7 @@ pub fn facts(settings: &AgentSettings, updater: &Updater, trust: &TrustStore) ->
         hw_id: settings.hw_id.to_string(),
         hw_rev: settings.hw_rev,
         channels: settings.channels.iter().map(ToString::to_string).collect(),
-        attributes: settings
-            .attributes
-            .clone()
-            .into_iter()
-            .collect::<HashMap<_, _>>(),
+        attributes: attributes.clone().into_iter().collect::<HashMap<_, _>>(),
         agent_version: settings.agent_version.to_string(),
         current: updater.running().as_ref().map(running),
         observed_generation: state.observed_generation,

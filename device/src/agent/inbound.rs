@@ -14,6 +14,7 @@ use crate::{
     store::Document,
     update::{Failure, Input},
     wire,
+    words::printable,
 };
 
 impl<S: Slots> Agent<S> {
@@ -155,33 +156,5 @@ impl<S: Slots> Agent<S> {
         let kind = Some(v1::client_message::Kind::TrustState(state));
         // Lost with the session if the queue is full; the server learns it at the next registration.
         let _ = wires.messages.try_send(v1::ClientMessage { kind });
-    }
-}
-
-/// Text of somebody else, fit for a terminal.
-fn printable(text: &str, limit: usize) -> String {
-    let text = &text[..text.floor_char_boundary(limit)];
-    text.chars()
-        .map(|c| {
-            if c.is_control() && c != '\n' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_of_others_cannot_drive_the_terminal() {
-        assert_eq!(
-            printable("a\u{1b}[2Jb\nc\rd", 100),
-            "a\u{fffd}[2Jb\nc\u{fffd}d"
-        );
-        assert_eq!(printable("äöü", 3), "ä");
     }
 }

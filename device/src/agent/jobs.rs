@@ -13,16 +13,22 @@ use crate::{
     limits,
     slots::{BootView, Gone, ImageFacts, SlotError, SlotHandle, Slots},
     transfer::Transfer,
-    update::{Command, Input, JobId, Trouble},
+    update::{Command, Consent, Input, JobId, Trouble},
 };
 
 /// How a job ended.
 #[derive(Debug)]
-pub(super) struct JobEnd {
-    job: JobId,
-    result: Result<(), Trouble>,
-    /// The boot record after it.
-    boot: Option<Box<BootView>>,
+pub(super) enum JobEnd {
+    Worked {
+        job: JobId,
+        result: Result<(), Trouble>,
+        /// The boot record after it.
+        boot: Option<Box<BootView>>,
+    },
+    Decided {
+        job: JobId,
+        consent: Consent,
+    },
 }
 
 /// The transfer under way.
@@ -116,6 +122,13 @@ impl<S: Slots> Agent<S> {
                     judge_health(slots, check, version),
                 );
             }
+            Command::TellConfirmed { job, offer } => {
+                let told = self.tell_confirmed(offer);
+                spawn(wires, job, slots, async move {
+                    told.await;
+                    Ok(())
+                });
+            }
             // Not jobs; see `Agent::execute`.
             Command::AskConsent { .. } | Command::Cancel | Command::Reboot => {}
         }
@@ -123,7 +136,8 @@ impl<S: Slots> Agent<S> {
 
     pub(super) fn on_job_end(&mut self, ended: Result<JobEnd, JoinError>, wires: &mut Wires) {
         match ended {
-            Ok(JobEnd { job, result, boot }) => {
+            Ok(JobEnd::Decided { job, consent }) => self.feed(Input::Consent { job, consent }),
+            Ok(JobEnd::Worked { job, result, boot }) => {
                 wires.fetching.take_if(|fetching| fetching.job == job);
                 self.feed(Input::Done { job, result, boot });
             }
@@ -152,7 +166,7 @@ fn spawn<S: Slots>(
     wires.jobs.spawn(async move {
         let result = guarded(work).await.unwrap_or_else(Err);
         let boot = guarded(async move { slots.run(Slots::view).await }).await;
-        JobEnd {
+        JobEnd::Worked {
             job,
             result,
             boot: boot
@@ -161,6 +175,20 @@ fn spawn<S: Slots>(
                 .and_then(Result::ok)
                 .map(Box::new),
         }
+    });
+}
+
+/// As [`spawn`], for a decision of the owner.
+pub(super) fn spawn_consent(
+    wires: &mut Wires,
+    job: JobId,
+    work: impl Future<Output = Consent> + Send + 'static,
+) {
+    wires.jobs.spawn(async move {
+        let consent = guarded(work)
+            .await
+            .unwrap_or_else(|trouble| Consent::Refuse(trouble.failure));
+        JobEnd::Decided { job, consent }
     });
 }
 

@@ -101,6 +101,7 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         policy: Policy {
             confirm_timeout: parts.health.confirm_timeout,
             check_configured: parts.health.check.is_some(),
+            tell_confirmed: settings.hooks.post_confirm.is_some(),
             trial_boots: settings.trial_boots,
             installs_per_window: settings.installs_per_day,
         },
@@ -121,6 +122,7 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
             trust: &mut trust,
         },
     );
+    let attributes = settings.attributes.clone();
     Ok(Agent {
         settings: Arc::new(settings),
         tls: Arc::new(tls),
@@ -139,6 +141,8 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         trust_updates: Latest::new(Instant::now()),
         words: Bucket::new(Instant::now()),
         reboot_by: None,
+        attributes,
+        attributes_due: Instant::now(),
     })
 }
 

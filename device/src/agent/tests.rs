@@ -4,6 +4,7 @@ mod aborts;
 mod bench;
 mod downloads;
 mod floods;
+mod owner;
 mod server;
 mod sessions;
 mod slots;

@@ -1,6 +1,6 @@
 //! One session: from the first message to the end of the stream.
 
-use std::{error::Error, time::Duration};
+use std::{collections::HashMap, error::Error, time::Duration};
 
 use fwpush_proto::v1::{
     self, ClientMessage, client_message::Kind as ToServer, push_service_client::PushServiceClient,
@@ -29,6 +29,8 @@ pub(super) struct Ended {
     pub reconnect_spread: Option<Duration>,
     /// When to connect again, where the server said so.
     pub drain: Option<Instant>,
+    /// Nothing is wrong: the device has something new to say of itself, on a new stream of the same connection.
+    pub again: bool,
 }
 
 impl Ended {
@@ -39,6 +41,7 @@ impl Ended {
             lasted: Duration::ZERO,
             reconnect_spread: None,
             drain: None,
+            again: false,
         }
     }
 
@@ -83,6 +86,8 @@ pub(super) struct Session<'a> {
     resend_at: Instant,
     resends: u32,
     drain_at: Option<Instant>,
+    /// What the server was told at registration.
+    attributes: HashMap<String, String>,
 }
 
 impl<'a> Session<'a> {
@@ -104,6 +109,7 @@ impl<'a> Session<'a> {
             resend_at: now,
             resends: 0,
             drain_at: None,
+            attributes: HashMap::new(),
         }
     }
 
@@ -150,9 +156,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn first_message(&self) -> ClientMessage {
+    fn first_message(&mut self) -> ClientMessage {
         let client_id = self.link.settings.client_id.to_string();
-        let facts = Some(self.link.inputs.facts.borrow().clone());
+        let facts = self.link.inputs.facts.borrow_and_update().clone();
+        self.attributes.clone_from(&facts.attributes);
+        let facts = Some(facts);
         let kind = match &self.link.last_session_id {
             None => ToServer::Register(v1::RegisterRequest { client_id, facts }),
             Some(last) => {
@@ -266,6 +274,10 @@ impl<'a> Session<'a> {
                 }
                 Ok(())
             }
+            changed = self.link.inputs.facts.changed() => {
+                changed.map_err(|_| Ended::new("the agent has ended"))?;
+                self.look_at_facts()
+            }
             changed = self.link.inputs.outbox.changed() => changed.map_err(|_| Ended::new("the agent has ended")),
             Some(message) = self.link.inputs.messages.recv() => {
                 timeout(limits::WRITE_STALL, outbound.send(message)).await
@@ -282,6 +294,17 @@ impl<'a> Session<'a> {
                 Err(Ended::new("the server asked to connect elsewhere"))
             }
         }
+    }
+
+    /// Attributes are told at registration only: new ones need a new stream. All else that changes is told by reports.
+    fn look_at_facts(&mut self) -> Result<(), Ended> {
+        if self.link.inputs.facts.borrow_and_update().attributes == self.attributes {
+            return Ok(());
+        }
+        Err(Ended {
+            again: true,
+            ..Ended::new("the device's attributes have changed")
+        })
     }
 
     /// The oldest report that this session's stream was not given.

@@ -6,7 +6,7 @@ use fwpush_keys::{TrustStore, id::ReleaseId, time::Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    facts::{BootView, ImageFacts},
+    facts::{BootView, ImageFacts, SlotId},
     judge::Admitted,
     report::{Failure, Phase},
 };
@@ -61,9 +61,25 @@ pub struct Notice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct JobId(pub(crate) u64);
 
+/// What the owner of the device is asked about, in this order.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// The update may begin.
+    #[default]
+    Download,
+    /// The image is whole; it may be verified once more for its trial.
+    Install,
+    /// It is verified; the trial may be marked and the device rebooted.
+    Reboot,
+}
+
 /// An update that the owner of the device is asked about.
 #[derive(Debug, Clone)]
 pub struct Offer {
+    pub step: Step,
     pub generation: u64,
     pub release_id: ReleaseId,
     pub version: semver::Version,
@@ -71,7 +87,9 @@ pub struct Offer {
     pub size: u64,
     /// Whether the server called it a rollback.
     pub rollback: bool,
-    /// 0 at first, one more after each deferral of this generation.
+    /// The slot that it goes into; once it is confirmed, the one that runs.
+    pub slot: SlotId,
+    /// 0 at first, one more after each deferral of this step.
     pub asked: u32,
 }
 
@@ -83,6 +101,13 @@ pub enum Consent {
     Defer(Duration),
     /// Not under this generation; the reason is for the operator.
     Reject(String),
+    /// As [`Consent::Defer`], for a reason with a code of its own.
+    Wait {
+        wait: Duration,
+        reason: Failure,
+    },
+    /// As [`Consent::Reject`], for a reason with a code of its own.
+    Refuse(Failure),
 }
 
 /// Why a job did not succeed.
@@ -91,6 +116,8 @@ pub struct Trouble {
     pub failure: Failure,
     /// Whether trying again later can help.
     pub transient: bool,
+    /// Nothing went wrong: it is to be looked at again after this.
+    pub wait: Option<Duration>,
 }
 
 impl Trouble {
@@ -98,6 +125,16 @@ impl Trouble {
         Self {
             failure: Failure::new(code, message),
             transient: true,
+            wait: None,
+        }
+    }
+
+    /// No failure, and not counted as one.
+    pub fn deferral(code: &str, message: impl Into<String>, wait: Duration) -> Self {
+        Self {
+            failure: Failure::new(code, message),
+            transient: true,
+            wait: Some(wait),
         }
     }
 
@@ -105,6 +142,7 @@ impl Trouble {
         Self {
             failure: Failure::new(code, message),
             transient: false,
+            wait: None,
         }
     }
 }
@@ -164,6 +202,8 @@ pub enum Command {
     CheckHealth { job: JobId },
     /// Confirm the running slot; bar a spare below `floor`.
     Confirm { job: JobId, floor: u64 },
+    /// Tell the owner that the running image is confirmed.
+    TellConfirmed { job: JobId, offer: Offer },
     /// Give the running slot up.
     Reject { job: JobId },
     /// Stop the job under way; its result is not wanted any more.

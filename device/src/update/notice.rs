@@ -5,9 +5,9 @@ use std::time::Duration;
 use fwpush_keys::{release::Release, time::Timestamp, trust::Verified};
 
 use super::{
-    facts::ImageFacts,
+    facts::{ImageFacts, SlotId},
     judge::{self, LIST_MISSING},
-    messages::{Action, Command, Consent, Context, Notice, Offer},
+    messages::{Action, Command, Consent, Context, Notice, Offer, Step},
     report::{Decision, Failure, Phase, ReportKind},
     state::{Install, Outcome, Stage, Update},
     updater::{JobKind, Updater},
@@ -125,7 +125,9 @@ impl Updater {
                 self.reply(notice.generation, &notice.nonce, Decision::Accepted);
                 self.report_progress(context.now);
             }
-            Stage::Acknowledging { seq } if !self.state.outbox.holds(seq) => self.acknowledge(),
+            Stage::Acknowledging { seq } if !self.state.outbox.holds(seq) && self.job.is_none() => {
+                self.acknowledge();
+            }
             Stage::Acknowledging { .. } => {}
             stage => self.keep_phase(stage.phase()),
         }
@@ -156,6 +158,7 @@ impl Updater {
             troubles: 0,
             list_awaited: false,
             start_awaited: delay.is_zero(),
+            step: Step::Download,
             stage: Stage::Asking,
         });
         self.decide(release, delay, context);
@@ -216,7 +219,7 @@ impl Updater {
         let Some(update) = &self.state.update else {
             return;
         };
-        let (image, start_awaited) = (admitted.image(), update.start_awaited);
+        let (image, start_awaited, step) = (admitted.image(), update.start_awaited, update.step);
         if self.runs_already(&image) {
             let (generation, nonce) = (update.generation, update.nonce.clone());
             self.reply(generation, &nonce, Decision::Accepted);
@@ -245,44 +248,85 @@ impl Updater {
             return self.defer(now.saturating_add(delay), failure, context);
         }
         self.admitted = Some(admitted);
+        if step > Step::Download {
+            // The image is whole. Another acknowledgement tells whether it is still wanted.
+            return self.acknowledge();
+        }
         self.enter(Stage::Asking);
-        self.ask(&image);
+        self.ask(Step::Download);
     }
 
-    fn ask(&mut self, image: &ImageFacts) {
-        let Some(update) = &self.state.update else {
-            return;
-        };
-        let Some(release_id) = image.release_id else {
-            return;
-        };
-        let offer = Offer {
+    /// Asks the owner about a step of the present update.
+    pub(super) fn ask(&mut self, step: Step) {
+        if let Some(offer) = self.offer(step, self.boot.running.other()) {
+            self.begin(JobKind::Ask(step), |job| Command::AskConsent { job, offer });
+        }
+    }
+
+    /// The present update as the owner is told of it.
+    pub(super) fn offer(&self, step: Step, slot: SlotId) -> Option<Offer> {
+        let update = self.state.update.as_ref()?;
+        Some(Offer {
+            step,
             generation: update.generation,
-            release_id,
-            version: image.version.clone(),
-            size: image.size,
+            release_id: update.image.release_id?,
+            version: update.image.version.clone(),
+            size: update.image.size,
             rollback: update.action == Action::Rollback,
+            slot,
             asked: update.asked,
-        };
-        self.begin(JobKind::Ask, |job| Command::AskConsent { job, offer });
+        })
     }
 
-    pub(super) fn on_consent(&mut self, consent: Consent, context: &mut Context<'_>) {
-        let now = context.now.wall;
+    pub(super) fn on_consent(&mut self, step: Step, consent: Consent, context: &mut Context<'_>) {
         match consent {
-            Consent::Go => self.accept(context),
-            Consent::Defer(wait) => {
+            Consent::Go => {
                 if let Some(update) = self.update_mut() {
-                    update.asked = update.asked.saturating_add(1);
+                    update.asked = 0;
                 }
-                let failure = Failure::new("OWNER_DEFERRED", "the device's owner put it off");
-                self.defer(
-                    now.saturating_add(wait.min(limits::DEFER_MAX)),
-                    failure,
-                    context,
-                );
+                match step {
+                    Step::Download => self.accept(context),
+                    Step::Install => {
+                        self.be_at(Step::Reboot);
+                        self.recheck(context);
+                    }
+                    Step::Reboot => self.mark(context),
+                }
             }
-            Consent::Reject(reason) => self.reject(Failure::new("OWNER_REJECTED", reason), context),
+            Consent::Defer(wait) => {
+                let reason = Failure::new("OWNER_DEFERRED", "the device's owner put it off");
+                self.put_off(wait, reason, context);
+            }
+            Consent::Wait { wait, reason } => self.put_off(wait, reason, context),
+            Consent::Reject(reason) => {
+                self.refuse(step, Failure::new("OWNER_REJECTED", reason), context);
+            }
+            Consent::Refuse(reason) => self.refuse(step, reason, context),
+        }
+    }
+
+    /// The owner wants to be asked again later.
+    fn put_off(&mut self, wait: Duration, reason: Failure, context: &mut Context<'_>) {
+        if let Some(update) = self.update_mut() {
+            update.asked = update.asked.saturating_add(1);
+        }
+        let until = context.now.wall.saturating_add(wait.min(limits::DEFER_MAX));
+        self.defer(until, reason, context);
+    }
+
+    /// The owner does not want it: a refusal before the update was accepted, a failure after.
+    fn refuse(&mut self, step: Step, reason: Failure, context: &mut Context<'_>) {
+        match step {
+            Step::Download => self.reject(reason, context),
+            Step::Install | Step::Reboot => self.finish(Phase::Failed, Some(reason), context),
+        }
+    }
+
+    /// Notes what the owner is asked about next.
+    pub(super) fn be_at(&mut self, step: Step) {
+        if let Some(update) = self.update_mut() {
+            update.step = step;
+            self.set_dirty();
         }
     }
 

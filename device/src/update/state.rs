@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     facts::{ImageFacts, SlotId},
-    messages::Action,
+    messages::{Action, Step},
     outbox::Outbox,
     report::{Failure, Phase},
 };
@@ -97,6 +97,9 @@ pub struct Update {
     pub list_awaited: bool,
     /// Whether the wait that the server asked for is over.
     pub start_awaited: bool,
+    /// What the owner is asked about next; all before it is done.
+    #[serde(default)]
+    pub step: Step,
     pub stage: Stage,
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{
     facts::SlotState,
     judge::LIST_MISSING,
-    messages::{Command, Context, Trouble},
+    messages::{Command, Context, Step, Trouble},
     report::{Failure, Phase, ReportKind},
     state::Stage,
     updater::{JobKind, Updater},
@@ -19,6 +19,7 @@ impl Updater {
             return;
         }
         self.wake = None;
+        self.be_at(Step::Download);
         self.enter(Stage::Fetching);
         self.begin(JobKind::Invalidate, |job| Command::InvalidateSpare { job });
     }
@@ -30,10 +31,10 @@ impl Updater {
         context: &mut Context<'_>,
     ) {
         match (kind, result) {
-            (JobKind::Ask, _) => {}
+            (JobKind::Ask(_), _) => {}
             (JobKind::Invalidate, Ok(())) => self.on_invalidated(context),
             (JobKind::Fetch, Ok(())) => self.on_fetched(),
-            (JobKind::ReadBack, Ok(())) => self.mark(context),
+            (JobKind::ReadBack, Ok(())) => self.ask(Step::Reboot),
             (JobKind::Invalidate | JobKind::Fetch | JobKind::ReadBack, Err(trouble)) => {
                 self.on_trouble(trouble, context);
             }
@@ -41,6 +42,7 @@ impl Updater {
             (JobKind::Health, Ok(())) => self.confirm(),
             (JobKind::Health, Err(trouble)) => self.fall_back(trouble.failure),
             (JobKind::Confirm, result) => self.on_confirm_written(result, context),
+            (JobKind::TellConfirmed, _) => self.finish(Phase::Succeeded, None, context),
             (JobKind::Reject, _) => self.on_rejected(context),
         }
     }
@@ -66,6 +68,7 @@ impl Updater {
             .update
             .as_ref()
             .map_or(0, |update| update.image.size);
+        self.be_at(Step::Install);
         self.acknowledge();
         self.show(Phase::Verified, None);
     }
@@ -101,7 +104,12 @@ impl Updater {
             return;
         }
         if generation == update.generation {
-            self.recheck(context);
+            // Another acknowledgement while the owner is asked says nothing new.
+            match update.step {
+                _ if self.job.is_some() => {}
+                Step::Download | Step::Install => self.ask(Step::Install),
+                Step::Reboot => self.recheck(context),
+            }
         } else if generation > update.generation {
             // The server wants something else by now; its notice follows.
             self.discard();
@@ -111,7 +119,7 @@ impl Updater {
 
     /// Verifies everything once more before the trial: the envelope against the present root, revocations, floor, expiry;
     /// then the slot itself.
-    fn recheck(&mut self, context: &mut Context<'_>) {
+    pub(super) fn recheck(&mut self, context: &mut Context<'_>) {
         if let Err(failure) = self.admit_again(context) {
             return self.finish(Phase::Failed, Some(failure), context);
         }
@@ -140,7 +148,7 @@ impl Updater {
         Ok(())
     }
 
-    fn mark(&mut self, context: &mut Context<'_>) {
+    pub(super) fn mark(&mut self, context: &mut Context<'_>) {
         // Reading a slot back takes a while: judged by what is known now.
         if let Err(failure) = self.admit_again(context) {
             return self.finish(Phase::Failed, Some(failure), context);
@@ -201,6 +209,12 @@ impl Updater {
         let Some(update) = self.update_mut() else {
             return;
         };
+        // What the slot holds is in doubt: it is looked at group by group.
+        update.step = Step::Download;
+        if let Some(wait) = trouble.wait {
+            let until = context.now.wall.saturating_add(wait.min(limits::DEFER_MAX));
+            return self.defer(until, trouble.failure, context);
+        }
         if !trouble.transient || update.troubles >= limits::TROUBLES_PER_UPDATE {
             return self.finish(Phase::Failed, Some(trouble.failure), context);
         }
@@ -218,7 +232,9 @@ impl Updater {
             report_interval.clamp(limits::REPORT_INTERVAL_MIN, limits::REPORT_INTERVAL_MAX);
         match self.stage() {
             // Its ReportAck came under another generation: ask again what the present one is.
-            Some(Stage::Acknowledging { seq }) if !self.state.outbox.holds(*seq) => {
+            Some(Stage::Acknowledging { seq })
+                if !self.state.outbox.holds(*seq) && self.job.is_none() =>
+            {
                 self.acknowledge()
             }
             Some(Stage::Confirming { .. }) => self.on_registered_on_trial(),

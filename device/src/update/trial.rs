@@ -5,7 +5,7 @@
 
 use super::{
     facts::{SlotId, SlotState},
-    messages::{Action, Command, Context, Trouble},
+    messages::{Action, Command, Context, Step, Trouble},
     report::{Failure, Phase},
     state::{FailedRelease, Stage, Update},
     updater::{JobKind, Updater},
@@ -51,6 +51,7 @@ impl Updater {
                     troubles: 0,
                     list_awaited: false,
                     start_awaited: true,
+                    step: Step::Reboot,
                     stage: Stage::Confirming {
                         slot: self.boot.running,
                         starts: 0,
@@ -223,7 +224,18 @@ impl Updater {
                 .failed
                 .retain(|failed| Some(failed.release_id) != image.release_id);
         }
-        self.finish(Phase::Succeeded, None, context);
+        self.wake = None;
+        // Told again after a cut: the success is on record only when the owner knows of it.
+        match self.offer(Step::Reboot, self.boot.running) {
+            Some(offer) if self.policy.tell_confirmed => {
+                self.set_dirty();
+                self.begin(JobKind::TellConfirmed, |job| Command::TellConfirmed {
+                    job,
+                    offer,
+                });
+            }
+            _ => self.finish(Phase::Succeeded, None, context),
+        }
     }
 
     /// The running image is bad: it is given up in the boot record, then the reboot is due.

@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use super::{
     facts::{BootView, DeviceFacts},
     judge::{Admitted, Judge},
-    messages::{Command, Context, Input, JobId, Notice, Now, Output},
+    messages::{Command, Context, Input, JobId, Notice, Now, Output, Step},
     random::Random,
     report::{Failure, Phase, ReportKind, Running},
     state::{Outcome, Stage, State, Update},
@@ -19,6 +19,8 @@ pub struct Policy {
     pub confirm_timeout: Duration,
     /// Whether a health check decides; otherwise registration with the server does.
     pub check_configured: bool,
+    /// Whether the owner is told of a confirmation before it counts.
+    pub tell_confirmed: bool,
     /// Boots of an image on trial.
     pub trial_boots: u8,
     /// Installs begun within [`limits::INSTALL_WINDOW`].
@@ -70,13 +72,14 @@ pub struct Updater {
 /// What the job under way is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum JobKind {
-    Ask,
+    Ask(Step),
     Invalidate,
     Fetch,
     ReadBack,
     Mark,
     Health,
     Confirm,
+    TellConfirmed,
     Reject,
 }
 
@@ -123,8 +126,8 @@ impl Updater {
             } => self.on_acked(upto_seq, generation, context),
             Input::TrustChanged => self.on_trust_changed(context),
             Input::Consent { job, consent } => {
-                if self.end_job(job) == Some(JobKind::Ask) {
-                    self.on_consent(consent, context);
+                if let Some(JobKind::Ask(step)) = self.end_job(job) {
+                    self.on_consent(step, consent, context);
                 }
             }
             Input::Progress { job, bytes_done } => {

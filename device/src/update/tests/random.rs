@@ -254,6 +254,9 @@ proptest! {
             cleared: None,
             seen_commands: 0,
         };
+        play.world.owner_takes_time = true;
+        play.world.policy.tell_confirmed = steps.len() % 2 == 0;
+        play.world.restart();
         for step in &steps {
             play.step(step);
         }

@@ -203,6 +203,27 @@ fn a_kill_between_the_record_and_the_state_still_raises_the_floor() {
 }
 
 #[test]
+fn the_owner_is_told_of_a_confirmation_at_least_once() {
+    let mut world = World::new();
+    world.policy.tell_confirmed = true;
+    world.restart();
+    world.until_reboot(1, &Spec::good(1));
+    world.reboot();
+    world.register();
+    world.finish_job();
+    assert_eq!(world.commands.last(), Some(&"tell"));
+    // Cut while the owner was told: told again, and only then on record.
+    world.restart();
+    assert_eq!(world.commands.last(), Some(&"tell"));
+    assert_eq!(world.phase(), Phase::Confirming);
+    world.register();
+    world.run();
+    assert_eq!(world.ended(), (Phase::Succeeded, None));
+    world.restart();
+    assert!(world.job.is_none());
+}
+
+#[test]
 fn a_confirmation_that_fails_once_is_written_again() {
     let mut world = World::new();
     world.until_reboot(1, &Spec::good(1));

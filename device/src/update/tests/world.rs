@@ -20,7 +20,7 @@ use crate::{
     slots::BootRecord,
     update::{
         Action, Command, Consent, Context, Decision, Failure, Input, JobId, Notice, Now, Output,
-        Phase, Policy, Report, ReportKind, Start, State, Trouble, Updater,
+        Phase, Policy, Report, ReportKind, Start, State, Step, Trouble, Updater,
         facts::{DeviceFacts, ImageFacts, SlotId, SlotState},
     },
 };
@@ -55,6 +55,8 @@ pub struct World {
     pub reports: BTreeMap<u64, Report>,
     pub policy: Policy,
     pub commands: Vec<&'static str>,
+    /// Whether the owner takes its time over every step, and not just over the first.
+    pub owner_takes_time: bool,
 }
 
 impl World {
@@ -72,6 +74,7 @@ impl World {
         let policy = Policy {
             confirm_timeout: limits::CONFIRM_TIMEOUT,
             check_configured: false,
+            tell_confirmed: false,
             trial_boots: 3,
             installs_per_window: limits::INSTALLS_PER_WINDOW,
         };
@@ -99,6 +102,7 @@ impl World {
             reports: BTreeMap::new(),
             policy,
             commands: Vec::new(),
+            owner_takes_time: false,
         };
         world.settle();
         world
@@ -170,6 +174,13 @@ impl World {
     }
 
     fn on_command(&mut self, command: Command) {
+        if let Command::AskConsent { job, offer } = &command
+            && offer.step > Step::Download
+            && !self.owner_takes_time
+        {
+            let (job, consent) = (*job, Consent::Go);
+            return self.feed_unsaved(Input::Consent { job, consent });
+        }
         self.commands.push(name(&command));
         match &command {
             Command::Reboot => {
@@ -213,7 +224,9 @@ impl World {
     pub fn do_job(&mut self) -> Option<JobId> {
         let spare = self.running.other();
         let (job, result) = match self.job.clone()? {
-            Command::AskConsent { job, .. } | Command::CheckHealth { job } => (job, Ok(())),
+            Command::AskConsent { job, .. }
+            | Command::CheckHealth { job }
+            | Command::TellConfirmed { job, .. } => (job, Ok(())),
             Command::InvalidateSpare { job } => (job, self.record.invalidate(spare).map(|_| ())),
             Command::Fetch { job, release } => {
                 self.holds[spare as usize] = release.image().release_id;
@@ -555,6 +568,7 @@ fn job_of(command: &Command) -> Option<JobId> {
         | Command::MarkTrial { job, .. }
         | Command::CheckHealth { job }
         | Command::Confirm { job, .. }
+        | Command::TellConfirmed { job, .. }
         | Command::Reject { job } => Some(*job),
         Command::Cancel | Command::Reboot => None,
     }
@@ -569,6 +583,7 @@ fn name(command: &Command) -> &'static str {
         Command::MarkTrial { .. } => "mark",
         Command::CheckHealth { .. } => "check",
         Command::Confirm { .. } => "confirm",
+        Command::TellConfirmed { .. } => "tell",
         Command::Reject { .. } => "reject",
         Command::Cancel => "cancel",
         Command::Reboot => "reboot",

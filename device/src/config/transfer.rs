@@ -1,0 +1,111 @@
+//! The section `[transfer]`: how image bytes are fetched.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::owner::{Problem, check_command, check_seconds};
+use crate::{
+    limits,
+    metered::{Metered, MeteredPolicy},
+    settings::TransferSettings,
+};
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct TransferSection {
+    stream_window_bytes: Option<u32>,
+    connection_window_bytes: Option<u32>,
+    max_frame_bytes: Option<u32>,
+    chunk_bytes: Option<u32>,
+    bandwidth_limit_bytes_per_s: Option<u64>,
+    metered_command: Option<Vec<String>>,
+    metered: Option<MeteredKind>,
+    metered_retry_s: Option<u64>,
+    metered_limit_bytes_per_s: Option<u64>,
+    #[serde(default)]
+    mirror_hosts: Vec<String>,
+}
+
+/// What is done on a metered link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum MeteredKind {
+    #[default]
+    Defer,
+    Limit,
+}
+
+impl TransferSection {
+    /// The settings, checked.
+    pub(super) fn settings(&self) -> Result<TransferSettings, Problem> {
+        let default = TransferSettings::default();
+        let (frames, chunks) = (limits::FRAME_BYTES_RANGE, limits::CHUNK_BYTES_RANGE);
+        let windows = limits::WINDOW_BYTES_MIN..=limits::WINDOW_BYTES_MAX;
+        let checked = |key, value: Option<u32>, default, range: &std::ops::RangeInclusive<u32>| {
+            let value = value.unwrap_or(default);
+            if range.contains(&value) {
+                return Ok(value);
+            }
+            let (least, most) = (range.start(), range.end());
+            Err((key, format!("is {value}; {least} to {most} is allowed")))
+        };
+        if self.bandwidth_limit_bytes_per_s == Some(0) {
+            let problem = "must be at least 1; leave it out for no limit";
+            return Err(("transfer.bandwidth_limit_bytes_per_s", problem.into()));
+        }
+        Ok(TransferSettings {
+            stream_window_bytes: checked(
+                "transfer.stream_window_bytes",
+                self.stream_window_bytes,
+                default.stream_window_bytes,
+                &windows,
+            )?,
+            connection_window_bytes: checked(
+                "transfer.connection_window_bytes",
+                self.connection_window_bytes,
+                default.connection_window_bytes,
+                &windows,
+            )?,
+            max_frame_bytes: checked(
+                "transfer.max_frame_bytes",
+                self.max_frame_bytes,
+                default.max_frame_bytes,
+                &frames,
+            )?,
+            chunk_bytes: checked(
+                "transfer.chunk_bytes",
+                self.chunk_bytes,
+                default.chunk_bytes,
+                &chunks,
+            )?,
+            retry: default.retry,
+            bandwidth_limit: self.bandwidth_limit_bytes_per_s,
+            metered: self.metered()?,
+            mirror_hosts: self.mirror_hosts.clone(),
+        })
+    }
+
+    fn metered(&self) -> Result<Option<Metered>, Problem> {
+        check_command("transfer.metered_command", self.metered_command.as_deref())?;
+        check_seconds("transfer.metered_retry_s", self.metered_retry_s)?;
+        let kind = self.metered.unwrap_or_default();
+        let policy = match (kind, self.metered_limit_bytes_per_s) {
+            (MeteredKind::Defer, None) => MeteredPolicy::Defer(
+                self.metered_retry_s
+                    .map_or(limits::METERED_RETRY, Duration::from_secs),
+            ),
+            (MeteredKind::Limit, Some(rate @ 1..)) => MeteredPolicy::Limit(rate),
+            (MeteredKind::Limit, _) => {
+                let problem = "must be given, and not 0, with metered = \"limit\"";
+                return Err(("transfer.metered_limit_bytes_per_s", problem.into()));
+            }
+            (MeteredKind::Defer, Some(_)) => {
+                let problem = "is for metered = \"limit\"";
+                return Err(("transfer.metered_limit_bytes_per_s", problem.into()));
+            }
+        };
+        let argv = self.metered_command.clone();
+        Ok(argv.map(|argv| Metered::new(argv, policy)))
+    }
+}
