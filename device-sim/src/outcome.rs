@@ -120,6 +120,7 @@ mod tests {
     use fwpush_keys::{ReleaseId, Timestamp};
 
     use super::*;
+    use fwpush_device::{SlotId, Step};
 
     const V1: Version = Version::new(1, 0, 0);
     const V2: Version = Version::new(1, 1, 0);
@@ -128,11 +129,13 @@ mod tests {
         let mut track = Track::default();
         let now = Instant::now();
         let offer = Offer {
+            step: Step::Download,
             generation: 4,
             release_id: ReleaseId::from_parts(Timestamp::EPOCH, [0; 10]),
             version: V2,
             size: 100,
             rollback: false,
+            slot: SlotId::B,
             asked: 0,
         };
         track.offered(&offer, now);

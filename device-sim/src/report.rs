@@ -122,6 +122,7 @@ mod tests {
     use fwpush_keys::{ReleaseId, Timestamp};
 
     use super::*;
+    use fwpush_device::{SlotId, Step};
 
     const VERSION: Version = Version::new(1, 1, 0);
 
@@ -162,11 +163,13 @@ mod tests {
         };
         track.event(&registered_event, zero + ms(registered));
         let offer = Offer {
+            step: Step::Download,
             generation: 1,
             release_id: ReleaseId::from_parts(Timestamp::EPOCH, [0; 10]),
             version: VERSION,
             size: 1_000,
             rollback: false,
+            slot: SlotId::B,
             asked: 0,
         };
         track.offered(&offer, zero + ms(heard));

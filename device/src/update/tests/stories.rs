@@ -406,11 +406,12 @@ fn an_image_that_reads_back_wrong_is_fetched_again_and_not_tried() {
         (world.phase(), world.code()),
         (Phase::Deferred, "READ_BACK_MISMATCH")
     );
+    world.commands.clear();
     world.pass(Duration::from_secs(600));
     world.run();
     world.ack(1);
     world.run();
-    assert!(world.reboot_due);
+    assert!(world.reboot_due && world.commands.contains(&"fetch"));
 }
 
 #[test]
