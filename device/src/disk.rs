@@ -15,6 +15,9 @@ use std::{
 
 use rustix::fs::{Advice, OFlags};
 
+#[cfg(test)]
+pub(crate) mod sim;
+
 /// Files and block devices by their paths.
 pub(crate) trait Disk: Debug + Send + Sync {
     /// Opens what is there.
@@ -117,19 +120,11 @@ pub(crate) struct RealDisk;
 
 impl Disk for RealDisk {
     fn open(&self, path: &Path, access: Access) -> io::Result<Box<dyn DiskFile>> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(access != Access::Read);
-        // Without O_CREAT, O_EXCL has a meaning for block devices only.
-        if access == Access::Exclusive && fs::metadata(path)?.file_type().is_block_device() {
-            options.custom_flags(OFlags::EXCL.bits() as i32);
-        }
-        Ok(Box::new(RealFile(options.open(path)?)))
+        Ok(Box::new(RealFile::open(path, access)?))
     }
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        Ok(Box::new(RealFile(options.open(path)?)))
+        Ok(Box::new(RealFile::create(path)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -149,8 +144,9 @@ impl Disk for RealDisk {
     }
 }
 
+/// A file or block device of this machine.
 #[derive(Debug)]
-struct RealFile(File);
+pub(crate) struct RealFile(File);
 
 /// O_DIRECT wants offsets, lengths and memory in multiples of the logical block size: 512 or 4,096 bytes.
 const DIRECT_ALIGNMENT: usize = 4096;
@@ -202,14 +198,33 @@ impl DiskFile for RealFile {
 }
 
 impl RealFile {
+    pub(crate) fn open(path: &Path, access: Access) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(access != Access::Read);
+        // Without O_CREAT, O_EXCL has a meaning for block devices only.
+        if access == Access::Exclusive && fs::metadata(path)?.file_type().is_block_device() {
+            options.custom_flags(OFlags::EXCL.bits() as i32);
+        }
+        Ok(Self(options.open(path)?))
+    }
+
+    pub(crate) fn create(path: &Path) -> io::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600);
+        Ok(Self(options.open(path)?))
+    }
+
+    /// The same file, whatever its name is by now, open from its beginning and for reading only.
+    pub(crate) fn reader(&self, flags: OFlags) -> io::Result<File> {
+        OpenOptions::new()
+            .read(true)
+            .custom_flags(flags.bits() as i32)
+            .open(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+    }
+
     /// Reads with O_DIRECT. The kernel writes dirty pages of the range out first, then asks the medium.
     fn read_direct(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        // The same file, not whatever has its name by now.
-        let same = format!("/proc/self/fd/{}", self.0.as_raw_fd());
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(OFlags::DIRECT.bits() as i32)
-            .open(same)?;
+        let file = self.reader(OFlags::DIRECT)?;
         let alignment = DIRECT_ALIGNMENT as u64;
         let start = offset - offset % alignment;
         let skip = (offset - start) as usize;

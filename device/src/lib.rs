@@ -33,10 +33,11 @@ pub use config::{Config, ConfigError};
 pub use health::{Health, HealthCheck, HealthSubject, Verdict};
 pub use settings::{AgentSettings, ReconnectSettings, TransferSettings};
 pub use slots::{
-    BootRecord, BootView, Bootloader, CommandLine, FileSlots, FileSlotsSettings, ImageFacts,
-    SlotError, SlotId, SlotRecord, SlotState, Slots,
+    BoardSlots, BootRecord, BootView, Bootloader, CommandLine, CommandSlots, CommandSlotsSettings,
+    FileSlots, FileSlotsSettings, ImageFacts, SlotCommand, SlotCommands, SlotError, SlotId,
+    SlotRecord, SlotState, Slots, SlotsSettings, check_state_place,
 };
-pub use store::{DirStore, Document, MemoryStore, Store, StoreError};
+pub use store::{BadPlace, DirStore, Document, MemoryStore, Store, StoreError};
 pub use update::{Action, Consent, Failure, Offer, Phase, Step};
 
 /// Version of this agent, which a release may demand a minimum of.

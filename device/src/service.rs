@@ -11,7 +11,8 @@ use crate::{
     agent::{Agent, AgentError, AgentEvent, AgentParts, Exit, Status, always_consent},
     channel::TcpDial,
     config::{Config, ConfigError},
-    slots::FileSlots,
+    limits,
+    slots::{BoardSlots, check_state_place},
     store::{DirStore, Document},
     update::{Failure, Phase},
 };
@@ -84,7 +85,8 @@ impl<E: Into<AgentError>> From<E> for ServiceError {
 /// One life of the agent after the other, with a reboot played in between.
 async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<u8, ServiceError> {
     let store = Arc::new(DirStore::open(&config.state_dir()).map_err(AgentError::from)?);
-    let mut slots = FileSlots::open(config.slots()).map_err(AgentError::from)?;
+    check_state_place(&config.state_dir(), &config.slots()).map_err(AgentError::from)?;
+    let mut slots = BoardSlots::open(config.slots(), stop).map_err(AgentError::from)?;
     loop {
         let identity = config.identity().map_err(ServiceError::Configuration)?;
         let mut settings = config.settings();
@@ -118,18 +120,21 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
             Exit::IdentityRefused(_) => Some(EXIT_IDENTITY_REFUSED),
             Exit::RebootDue => None,
         };
+        // A command of the slots that is under way has been told to end; nothing of it must outlive the agent. Storage that
+        // hangs is not waited for.
+        let back = tokio::task::spawn_blocking(move || agent.into_slots());
+        let back = tokio::time::timeout(limits::SLOTS_END, back).await;
         if let Some(code) = code {
             return Ok(code);
         }
-        let Some(back) = agent.into_slots() else {
+        let Ok(Ok(Some(back))) = back else {
             return Ok(EXIT_REBOOT_DUE);
         };
         slots = back;
-        if !slots.is_emulated() {
-            return Ok(EXIT_REBOOT_DUE);
-        }
         // The bootloader of a bench. The next run is then the next boot.
-        let slot = slots.emulate_boot().map_err(AgentError::from)?;
+        let Some(slot) = slots.emulate_boot().map_err(AgentError::from)? else {
+            return Ok(EXIT_REBOOT_DUE);
+        };
         tracing::info!(%slot, "Rebooted (emulated).");
         if once {
             return Ok(EXIT_REBOOT_DUE);
@@ -264,7 +269,7 @@ pub fn status(config: &Path, json: bool) -> ExitCode {
 
 fn read_status(config: &Config) -> Result<Option<Status>, AgentError> {
     let folder = config.state_dir();
-    let boot = FileSlots::look(&config.slots())?;
+    let boot = config.slots().look()?;
     let document = DirStore::look(&folder, Document::State)?;
     let groups_written = DirStore::look_groups_written(&folder);
     Ok(boot

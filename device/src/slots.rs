@@ -1,8 +1,8 @@
 //! The two places an image can run from, and the record by which a bootloader chooses between them.
 //!
 //! The agent changes only the spare slot, and only in the order that invariant 8 asks for: marked unbootable, written,
-//! read back, marked for trial, confirmed. [`FileSlots`] does so on two block devices or files; a simulator keeps them in
-//! memory.
+//! read back, marked for trial, confirmed. [`FileSlots`] does so on two block devices or files, [`CommandSlots`] has it done
+//! by RAUC, SWUpdate or a script; a simulator keeps them in memory.
 
 use std::{fmt::Debug, io, path::PathBuf};
 
@@ -10,15 +10,20 @@ use thiserror::Error;
 
 pub use crate::update::facts::{BootView, ImageFacts, SlotId, SlotRecord, SlotState};
 
+mod board;
 mod boot;
+mod commands;
 mod file;
 mod handle;
 mod in_use;
 mod record;
 
+pub use board::{BoardSlots, SlotsSettings, check_state_place};
 pub use boot::CommandLine;
+pub use commands::{CommandError, CommandSlots, CommandSlotsSettings, SlotCommand, SlotCommands};
 pub use file::{Bootloader, FileSlots, FileSlotsSettings};
 pub(crate) use handle::{Gone, SlotHandle};
+pub(crate) use in_use::Kernel;
 pub(crate) use record::RecordFile;
 pub use record::{BootRecord, RecordError};
 
@@ -100,6 +105,13 @@ pub enum SlotError {
         path: PathBuf,
         user: String,
     },
+    #[error("the slot command {name}")]
+    Command {
+        name: &'static str,
+        source: CommandError,
+    },
+    #[error("change the slots")]
+    Change(#[source] RecordError),
     #[error("refused to {operation}: {reason}")]
     Refused {
         operation: &'static str,

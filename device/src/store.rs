@@ -6,9 +6,14 @@ use thiserror::Error;
 
 mod dir;
 mod memory;
+mod place;
 
 pub use dir::DirStore;
+#[cfg(test)]
+pub(crate) use dir::Documents;
 pub use memory::MemoryStore;
+pub use place::BadPlace;
+pub(crate) use place::look as look_at_place;
 
 /// What the store keeps, each replaced as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,6 +69,8 @@ pub enum StoreError {
     TooLarge { path: PathBuf, limit: u64 },
     #[error("write the state as JSON")]
     Encode(#[source] serde_json::Error),
+    #[error("the state directory {} {place}: choose another state_dir, on storage of its own", path.display())]
+    Place { path: PathBuf, place: BadPlace },
     #[error("the state directory {} is in use by another agent", path.display())]
     InUse { path: PathBuf },
 }

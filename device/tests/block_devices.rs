@@ -11,7 +11,7 @@ use std::{
 
 use fwpush_device::{
     Bootloader, CommandLine, FileSlots, FileSlotsSettings, ImageFacts, SlotError, SlotId,
-    SlotState, Slots,
+    SlotState, Slots, SlotsSettings, check_state_place,
 };
 
 const SLOT_BYTES: u64 = 8 << 20;
@@ -268,4 +268,27 @@ fn an_emulated_bootloader_is_refused_on_block_devices() {
     };
     let error = FileSlots::open(settings).unwrap_err();
     assert!(error.to_string().contains("kernel-cmdline"), "{error}");
+}
+
+#[test]
+fn state_on_a_slot_is_refused() {
+    let Some(board) = Board::new() else { return };
+    let slot = board.device(SlotId::A);
+    if let Err(reason) = run("mkfs.ext4", &["-q", path_text(slot)]) {
+        println!("SKIPPED: {reason}");
+        return;
+    }
+    let mount_point = board.folder.path().join("mnt");
+    fs::create_dir(&mount_point).unwrap();
+    run("mount", &[path_text(slot), path_text(&mount_point)]).unwrap();
+    let settings = SlotsSettings::Files(board.settings());
+    let on_slot = check_state_place(&mount_point, &settings);
+    let beside = check_state_place(board.folder.path(), &settings);
+    run("umount", &[path_text(&mount_point)]).unwrap();
+    let error = on_slot.unwrap_err().to_string();
+    assert!(error.contains("slot a"), "{error}");
+    if let Err(error) = beside {
+        // The machine's own temporary directory may be in memory.
+        assert!(error.to_string().contains("forget"), "{error}");
+    }
 }

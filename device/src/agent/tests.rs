@@ -2,9 +2,12 @@
 
 mod aborts;
 mod bench;
+mod board;
 mod downloads;
+mod faults;
 mod floods;
 mod owner;
+mod power_cuts;
 mod server;
 mod sessions;
 mod slots;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::{Bootloader, SlotsSettings};
 
 /// What `fwpush device add ID --out DIR` writes.
 const WHOLE: &str = r#"
@@ -46,7 +47,9 @@ fn refusal(from: &str, to: &str) -> String {
 fn paths_are_relative_to_the_file_and_values_arrive() {
     let config = parse(WHOLE).unwrap();
     assert_eq!(config.state_dir(), Path::new("/etc/fwpush/state"));
-    let slots = config.slots();
+    let SlotsSettings::Files(slots) = config.slots() else {
+        panic!("not files")
+    };
     assert_eq!(
         slots.paths,
         [
@@ -86,4 +89,76 @@ fn errors_name_the_key_and_say_what_to_write() {
     assert!(refusal("[\"sh\", \"-c\", \"true\"]", "[]").contains("health.command"));
     let missing = error_text(&Config::load(Path::new("/does/not/exist.toml")).unwrap_err());
     assert!(missing.contains("/does/not/exist.toml"));
+}
+
+#[test]
+fn a_real_bootloader_names_the_slot_on_the_kernel_command_line() {
+    let board = r#"boot = "kernel-cmdline"
+[slots.cmdline]
+key = "rauc.slot"
+a = "A"
+b = "B""#;
+    let config = parse(&WHOLE.replace(r#"boot = "emulated""#, board)).unwrap();
+    let SlotsSettings::Files(slots) = config.slots() else {
+        panic!("not files")
+    };
+    let Bootloader::Real(command_line) = slots.bootloader else {
+        panic!("emulated")
+    };
+    assert_eq!(command_line.key, "rauc.slot");
+    assert_eq!(command_line.values, ["A", "B"]);
+    assert_eq!(command_line.file, Path::new("/proc/cmdline"));
+    let same = board.replace("\"B\"", "\"A\"");
+    assert!(refusal(r#"boot = "emulated""#, &same).contains("slots.cmdline"));
+    let unknown = board.replace("key", "name");
+    assert!(refusal(r#"boot = "emulated""#, &unknown).contains("name"));
+}
+
+const COMMANDS: &str = r#"
+[slots]
+kind = "commands"
+[slots.commands]
+status = ["/usr/lib/fwpush/slots", "status"]
+write = ["/usr/lib/fwpush/slots", "write"]
+confirm = ["/usr/lib/fwpush/slots", "confirm"]
+invalidate = ["/usr/lib/fwpush/slots", "invalidate"]
+[slots.timeouts_s]
+write = 7200
+"#;
+
+fn with_commands(section: &str) -> Result<Config, ConfigError> {
+    let (head, rest) = WHOLE.split_once("[slots]").unwrap();
+    let (_, tail) = rest.split_once("[running]").unwrap();
+    parse(&format!("{head}{section}[running]{tail}"))
+}
+
+#[test]
+fn commands_have_their_time_limits_and_their_places() {
+    let config = with_commands(COMMANDS).unwrap();
+    let SlotsSettings::Commands(slots) = config.slots() else {
+        panic!("not commands")
+    };
+    assert_eq!(slots.staging, Path::new("/etc/fwpush/state/staging"));
+    assert_eq!(slots.commands.write.timeout, Duration::from_secs(7200));
+    assert_eq!(slots.commands.status.timeout, limits::SLOT_COMMAND_TIMEOUT);
+    assert!(slots.commands.activate.is_none());
+    for (from, to, key) in [
+        ("7200", "0", "slots.commands.write"),
+        ("7200", "99999999", "slots.commands.write"),
+        (
+            "[\"/usr/lib/fwpush/slots\", \"confirm\"]",
+            "[]",
+            "slots.commands.confirm",
+        ),
+        ("confirm =", "comfirm =", "comfirm"),
+        (
+            "kind = \"commands\"",
+            "kind = \"commands\"\nboot = \"emulated\"",
+            "boot",
+        ),
+        ("kind = \"commands\"", "kind = \"rauc\"", "rauc"),
+    ] {
+        let error = error_text(&with_commands(&COMMANDS.replace(from, to)).unwrap_err());
+        assert!(error.contains(key), "{error}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::unix::ffi::OsStringExt as _,
+    os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
 };
 
@@ -67,6 +67,61 @@ impl Kernel {
             }
         }
         Ok(None)
+    }
+
+    /// Whether a file or folder lies on a slot: on the file system in it, or on anything that is built on it.
+    pub(crate) fn lies_on(&self, path: &Path, slot: Identity) -> io::Result<bool> {
+        let below = match slot {
+            Identity::File { .. } => BTreeSet::new(),
+            Identity::BlockDevice { number } => self.overlapping(number)?,
+        };
+        let mut seen = BTreeSet::new();
+        let mut found = self.devices_of(path)?;
+        while let Some(number) = found.pop() {
+            if below.contains(&number) {
+                return Ok(true);
+            }
+            if !seen.insert(number) {
+                continue;
+            }
+            let folder = self.of_block_device(number);
+            for slave in names(&folder.join("slaves"))? {
+                found.extend(read_number(&folder.join("slaves").join(slave).join("dev"))?);
+            }
+            if let Some(backing) = read_if_there(&folder.join("loop/backing_file"))? {
+                let backing = path_from(backing.trim_ascii_end().to_vec());
+                match fs::metadata(&backing) {
+                    Ok(metadata) if Identity::of(&metadata) == slot => return Ok(true),
+                    Ok(metadata) => {
+                        found.push(metadata.rdev());
+                        found.extend(self.devices_of(&backing)?);
+                    }
+                    // Deleted, or out of sight.
+                    Err(_) => {}
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// The device of a path's file system, and the one that it was mounted from: btrfs has numbers of its own.
+    fn devices_of(&self, path: &Path) -> io::Result<Vec<u64>> {
+        let device = fs::metadata(path)?.dev();
+        let mut devices = vec![device];
+        let mounts = fs::read(self.proc.join("self/mountinfo"))?;
+        for line in mounts.split(|byte| *byte == b'\n') {
+            let fields: Vec<_> = line.split(|byte| *byte == b' ').collect();
+            let number = fields.get(2).and_then(|number| parse_number(number));
+            let source = fields
+                .iter()
+                .position(|field| *field == b"-")
+                .and_then(|dash| fields.get(dash + 2))
+                .filter(|source| number == Some(device) && source.starts_with(b"/"));
+            let Some(source) = source else { continue };
+            let metadata = fs::metadata(path_from(unescape(source)));
+            devices.extend(metadata.ok().map(|metadata| metadata.rdev()));
+        }
+        Ok(devices)
     }
 
     /// A device, its partitions, and the disk that it is a partition of: they share bytes.

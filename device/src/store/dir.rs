@@ -2,15 +2,18 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Read as _},
+    io,
     os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use super::{Document, Store, StoreError};
 use crate::{
-    disk::{RealDisk, replace_file},
+    disk::{Access, Disk, RealDisk, replace_file},
     limits,
 };
 
@@ -20,7 +23,7 @@ const GROUPS_WRITTEN: &str = "groups-written";
 /// Documents as files of one directory, mode 0700, used by one agent at a time.
 #[derive(Debug)]
 pub struct DirStore {
-    path: PathBuf,
+    documents: Documents,
     groups_written: AtomicU64,
     groups_file: File,
     /// Held for as long as the store is open; the kernel lets go of it when the process ends, however it ends.
@@ -38,11 +41,18 @@ impl DirStore {
                 source,
             }
         };
+        let new: Vec<_> = path.ancestors().take_while(|path| !path.exists()).collect();
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(path)
             .map_err(failed("create", path))?;
+        for folder in new {
+            // What is saved in a directory is as durable as the directory's own name.
+            RealDisk
+                .sync_names(folder)
+                .map_err(failed("create", folder))?;
+        }
         let lock = open_private(&path.join(LOCK)).map_err(failed("open", &path.join(LOCK)))?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -55,7 +65,7 @@ impl DirStore {
         let groups_file = open_private(&groups_path).map_err(failed("open", &groups_path))?;
         let groups_written = AtomicU64::new(read_groups_written(path));
         Ok(Self {
-            path: path.into(),
+            documents: Documents::new(Arc::new(RealDisk), path),
             groups_written,
             groups_file,
             _lock: lock,
@@ -64,7 +74,7 @@ impl DirStore {
 
     /// A document of a directory that may be in use, for looking at it.
     pub fn look(path: &Path, document: Document) -> Result<Option<Vec<u8>>, StoreError> {
-        load(&path.join(document.to_string()))
+        Documents::new(Arc::new(RealDisk), path).load(document)
     }
 
     /// The groups that the agents of a directory, which may be in use, have written.
@@ -75,16 +85,11 @@ impl DirStore {
 
 impl Store for DirStore {
     fn load(&self, document: Document) -> Result<Option<Vec<u8>>, StoreError> {
-        load(&self.path.join(document.to_string()))
+        self.documents.load(document)
     }
 
     fn save(&self, document: Document, bytes: &[u8]) -> Result<(), StoreError> {
-        let path = self.path.join(document.to_string());
-        replace_file(&RealDisk, &path, bytes).map_err(|source| StoreError::File {
-            operation: "write",
-            path,
-            source,
-        })
+        self.documents.save(document, bytes)
     }
 
     fn count_groups_written(&self, groups: u64) {
@@ -113,29 +118,59 @@ fn open_private(path: &Path) -> io::Result<File> {
         .open(path)
 }
 
-fn load(path: &Path) -> Result<Option<Vec<u8>>, StoreError> {
-    let failed = |source| StoreError::File {
-        operation: "read",
-        path: path.into(),
-        source,
-    };
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(failed(source)),
-    };
-    let mut bytes = Vec::new();
-    let limit = limits::DOCUMENT_BYTES;
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
-    if bytes.len() as u64 > limit {
-        return Err(StoreError::TooLarge {
-            path: path.into(),
-            limit,
-        });
+/// The documents in a directory.
+#[derive(Debug)]
+pub(crate) struct Documents {
+    disk: Arc<dyn Disk>,
+    folder: PathBuf,
+}
+
+impl Documents {
+    pub(crate) fn new(disk: Arc<dyn Disk>, folder: &Path) -> Self {
+        Self {
+            disk,
+            folder: folder.into(),
+        }
     }
-    Ok(Some(bytes))
+
+    fn path(&self, document: Document) -> PathBuf {
+        self.folder.join(document.to_string())
+    }
+
+    /// See [`Store::load`].
+    pub(crate) fn load(&self, document: Document) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.path(document);
+        let failed = |source| StoreError::File {
+            operation: "read",
+            path: path.clone(),
+            source,
+        };
+        let file = match self.disk.open(&path, Access::Read) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(failed(source)),
+        };
+        let size = file.size().map_err(failed)?;
+        if size > limits::DOCUMENT_BYTES {
+            return Err(StoreError::TooLarge {
+                path,
+                limit: limits::DOCUMENT_BYTES,
+            });
+        }
+        let mut bytes = vec![0; size as usize];
+        file.read_at(&mut bytes, 0).map_err(failed)?;
+        Ok(Some(bytes))
+    }
+
+    /// See [`Store::save`].
+    pub(crate) fn save(&self, document: Document, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.path(document);
+        replace_file(&*self.disk, &path, bytes).map_err(|source| StoreError::File {
+            operation: "write",
+            path,
+            source,
+        })
+    }
 }
 
 fn read_groups_written(folder: &Path) -> u64 {

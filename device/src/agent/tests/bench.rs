@@ -36,7 +36,7 @@ pub struct Bench {
     pub store: Arc<dyn Store>,
     pub settings: AgentSettings,
     pub health: Health,
-    dial: Arc<PipeDial>,
+    pub dial: Arc<dyn Dial>,
     credentials: Credentials,
     node_ca: String,
     pub root_key: SigningKey,
@@ -117,20 +117,27 @@ impl Bench {
         slots: S,
         observer: impl Fn(AgentEvent) + Send + Sync + 'static,
     ) -> Agent<S> {
-        Agent::new(AgentParts {
+        Agent::new(self.parts(slots, observer)).unwrap()
+    }
+
+    pub fn parts<S: Slots>(
+        &self,
+        slots: S,
+        observer: impl Fn(AgentEvent) + Send + Sync + 'static,
+    ) -> AgentParts<S> {
+        AgentParts {
             settings: self.settings.clone(),
             credentials: self.credentials.clone(),
             node_ca: certificates_from_pem(&self.node_ca).unwrap(),
             first_root: self.root_envelope(&self.root, &[&self.root_key]),
             slots,
             store: Arc::clone(&self.store),
-            dial: Arc::clone(&self.dial) as Arc<dyn Dial>,
+            dial: Arc::clone(&self.dial),
             health: self.health.clone(),
             consent: always_consent(),
             rng_seed: 5,
             observer: Arc::new(observer),
-        })
-        .unwrap()
+        }
     }
 
     /// Runs an agent until it ends by itself or an event says that the story is over. Returns all events.

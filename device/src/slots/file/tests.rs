@@ -164,3 +164,38 @@ fn a_missing_slot_beside_a_boot_record_is_an_error() {
         })
     ));
 }
+
+#[test]
+fn another_file_in_place_of_the_verified_one_is_not_put_on_trial() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(&folder);
+    let mut slots = FileSlots::open(settings.clone()).unwrap();
+    slots.invalidate_spare().unwrap();
+    slots.write_spare(0, b"good").unwrap();
+    slots.forget_cached_spare().unwrap();
+    std::fs::write(folder.path().join("evil"), b"evil").unwrap();
+    std::fs::rename(folder.path().join("evil"), &settings.paths[1]).unwrap();
+    let error = slots.mark_trial(&image("1.1.0", 2), 2).unwrap_err();
+    assert!(error.to_string().contains("another file"), "{error}");
+    assert_eq!(slots.emulate_boot().unwrap(), SlotId::A);
+}
+
+#[test]
+fn two_bad_slots_are_told_and_nothing_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let settings = settings(&folder);
+    let mut slots = FileSlots::open(settings).unwrap();
+    slots
+        .record
+        .update(|record| {
+            record.slots[0].state = SlotState::Unbootable;
+            Ok(true)
+        })
+        .unwrap();
+    let error = slots.emulate_boot().unwrap_err();
+    assert!(error.to_string().contains("neither slot"), "{error}");
+    assert!(!slots.view().unwrap().confirmed());
+    assert!(slots.invalidate_spare().is_err());
+    assert!(slots.mark_trial(&image("1.1.0", 2), 2).is_err());
+    assert!(slots.confirm_running(0).is_err());
+}

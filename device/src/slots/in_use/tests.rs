@@ -139,3 +139,66 @@ fn what_the_kernel_does_not_tell_is_an_error_and_not_free() {
             .is_err()
     );
 }
+
+/// The file system that the test's own files are on, as a number.
+fn device_of(machine: &Machine) -> (u64, String) {
+    let number = fs::metadata(machine.path("")).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    (number, format!("sys/dev/block/{major}:{minor}"))
+}
+
+#[test]
+fn a_folder_lies_on_the_device_of_its_file_system() {
+    let machine = Machine::new();
+    let (number, _) = device_of(&machine);
+    let on = |number| {
+        machine
+            .kernel
+            .lies_on(&machine.path("sys"), Identity::BlockDevice { number })
+            .unwrap()
+    };
+    assert!(on(number));
+    assert!(!on(rustix::fs::makedev(8, 1)));
+}
+
+#[test]
+fn a_folder_on_a_device_that_is_built_on_a_slot_lies_on_the_slot() {
+    let machine = Machine::new();
+    let (_, folder) = device_of(&machine);
+    // The file system lies on a crypt device, that on md, that on 8:2.
+    machine.link("sys/devices/md", &format!("{folder}/slaves/md0"));
+    machine.file("sys/devices/md/dev", "9:0\n");
+    machine.link("sys/devices/md", "sys/dev/block/9:0");
+    machine.link(
+        "sys/devices/disk/block/sda/sda2",
+        "sys/devices/md/slaves/sda2",
+    );
+    let on = |minor| {
+        let number = rustix::fs::makedev(8, minor);
+        machine
+            .kernel
+            .lies_on(&machine.path("sys"), Identity::BlockDevice { number })
+            .unwrap()
+    };
+    assert!(
+        on(2) && on(0),
+        "the slot, and the disk that it is a part of"
+    );
+    assert!(!on(1));
+}
+
+#[test]
+fn a_folder_on_a_loop_device_lies_on_the_file_below_it() {
+    let machine = Machine::new();
+    let (_, folder) = device_of(&machine);
+    machine.file("slot.img", "");
+    machine.file("other.img", "");
+    let backing = format!("{}\n", machine.path("slot.img").display());
+    machine.file(&format!("{folder}/loop/backing_file"), &backing);
+    let on = |name: &str| {
+        let slot = Identity::of(&fs::metadata(machine.path(name)).unwrap());
+        machine.kernel.lies_on(&machine.path("sys"), slot).unwrap()
+    };
+    assert!(on("slot.img"));
+    assert!(!on("other.img"));
+}
