@@ -18,17 +18,25 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Command, Debian package, what it is for.
+# Command or file, Debian package, what it is for.
 needs=(
   "cc gcc builds SQLite and the TLS library"
   "openssl openssl checks our keys and certificates against another implementation"
   "jq jq the tour of the README reads JSON with it"
   "b3sum b3sum checks our file ids against another implementation"
+  "losetup mount slots on block devices"
+  "mkfs.ext4 e2fsprogs slots that are mounted, and GRUB's disk"
+  "mkimage u-boot-tools the U-Boot example"
+  "qemu-system-aarch64 qemu-system-arm the U-Boot example runs in it"
+  "/usr/lib/u-boot/qemu_arm64/u-boot.bin u-boot-qemu the U-Boot example"
+  "grub-editenv grub-common the GRUB example"
+  "grub-emu grub-emu the GRUB example runs in it"
+  "script bsdutils gives GRUB a terminal"
 )
 missing=()
 for need in "${needs[@]}"; do
   read -r command package reason <<<"$need"
-  command -v "$command" >/dev/null && continue
+  if command -v "$command" >/dev/null || [ -f "$command" ]; then continue; fi
   if [ "$install" = no ]; then
     echo "test.sh: $command is missing ($reason): tests that need it are skipped" >&2
   else
