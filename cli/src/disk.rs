@@ -105,6 +105,22 @@ pub fn files_named(dir: &Path, prefix: &str, suffix: &str) -> Result<Vec<PathBuf
     Ok(files)
 }
 
+/// Removes the directories and files in `dir` whose names begin so, which a killed process left behind.
+pub fn remove_left(dir: &Path, prefix: &str) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(prefix) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// The first name of the form `prefix<N>suffix`, counting from 1, that the directory does not hold.
 pub fn next_free(dir: &Path, prefix: &str, suffix: &str) -> Result<PathBuf> {
     for number in 1..=9_999 {

@@ -160,7 +160,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Device(args) => Box::pin(device::run(&context, args)).await,
         Command::Keys(args) => Box::pin(keys::run(&context, args)).await,
         Command::Backup(args) => backup::run(&context, args).await,
-        Command::Restore(args) => restore::run(&context, args),
+        Command::Restore(args) => restore::run(&context, args).await,
     }
 }
 

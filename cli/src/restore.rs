@@ -3,13 +3,14 @@
 use std::{
     fs::{self, File},
     io::{self, Read, Seek as _, SeekFrom},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
 };
 
 use fwpush_keys::{FileId, Root, Timestamp, Verified};
 use fwpush_server::{Config, StartError, files::FileStore};
 use serde_json::json;
-use tempfile::NamedTempFile;
+use tempfile::TempDir;
 
 use crate::{
     Context,
@@ -27,6 +28,10 @@ const SQLITE: &[u8; 16] = b"SQLite format 3\0";
 
 /// Larger than any root document.
 const ROOT_BYTES: u64 = 1 << 20;
+
+/// The directory in which the database is made ready, in that of its later place, and its name there.
+const WORKSHOP: &str = ".restore-";
+const DATABASE: &str = "fwpush.db";
 
 /// What an archive may hold; anything else is refused. No name of it is ever used as a path.
 #[derive(Debug, Eq, PartialEq)]
@@ -73,22 +78,28 @@ struct Places {
 #[derive(Debug)]
 pub struct Restored {
     pub images: u64,
+    pub devices: u64,
     /// What lay there before, under its new names.
     pub moved_aside: Vec<PathBuf>,
 }
 
 /// Runs the command.
-pub fn run(context: &Context, args: &RestoreArgs) -> Result<()> {
+pub async fn run(context: &Context, args: &RestoreArgs) -> Result<()> {
     let path = find_server_config(context.dir(), args.config.as_deref())?;
     let config = Config::load(&path)
         .doing(|| "read the server's configuration".to_owned())
         .map_err(Failure::as_usage)?;
-    let restored = restore(&config, &args.file, args.force)?;
+    let restored = restore(&config, &args.file, args.force).await?;
     context.out.data(
-        || json!({ "images": restored.images, "moved_aside": restored.moved_aside }),
+        || {
+            json!({
+                "devices": restored.devices, "images": restored.images, "moved_aside": restored.moved_aside
+            })
+        },
         || {
             let mut text = format!(
-                "Restored the database and {}.\n",
+                "Restored the database, with {}, and {}.\n",
+                plural(restored.devices, "device"),
                 plural(restored.images, "image")
             );
             for path in &restored.moved_aside {
@@ -106,8 +117,9 @@ pub fn run(context: &Context, args: &RestoreArgs) -> Result<()> {
 /// Unpacks `archive` for the server of `config`, which must not run.
 ///
 /// Images come first: they are named by their hash, so they can only add to what is there. The database follows as the
-/// last step and in one rename; until then the old one stays.
-pub fn restore(config: &Config, archive: &Path, force: bool) -> Result<Restored> {
+/// last step and in one rename; until then the old one stays. What was told to devices since the backup is not in it: their
+/// generations are lifted above that, so that the next release is news to all of them.
+pub async fn restore(config: &Config, archive: &Path, force: bool) -> Result<Restored> {
     let mut file = backup::open(archive)?;
     let _lock = fwpush_server::lock(config).map_err(explain_lock)?;
     let places = places(config)?;
@@ -127,7 +139,10 @@ pub fn restore(config: &Config, archive: &Path, force: bool) -> Result<Restored>
              same; the certificates in pki/ must be those of the backup's installation.",
         ));
     }
-    let (database, images) = unpack(&mut file, archive, &places)?;
+    let (workshop, images) = unpack(&mut file, archive, &places)?;
+    let devices = fwpush_server::restored::prepare(workshop.path(), DATABASE)
+        .await
+        .doing(|| "make the database ready".to_owned())?;
     let mut moved_aside = Vec::new();
     let stamp = Timestamp::now().as_secs();
     for suffix in ["", "-wal", "-shm"] {
@@ -139,13 +154,11 @@ pub fn restore(config: &Config, archive: &Path, force: bool) -> Result<Restored>
     disk::private_dir(disk::parent_of(&places.first_root))?;
     disk::replace(&places.first_root, &first_root)?;
     let what = || format!("write {}", places.database.display());
-    database
-        .persist(&places.database)
-        .map_err(|error| error.error)
-        .doing(what)?;
+    fs::rename(workshop.path().join(DATABASE), &places.database).doing(what)?;
     disk::sync_dir(disk::parent_of(&places.database)).doing(what)?;
     Ok(Restored {
         images,
+        devices,
         moved_aside,
     })
 }
@@ -220,23 +233,30 @@ fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
     Ok(root.clone())
 }
 
-/// Writes the images to the store and the database to a temporary file beside its place.
-fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(NamedTempFile, u64)> {
+/// Writes the images to the store and the database to a temporary directory beside its place.
+fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(TempDir, u64)> {
     let dir = disk::parent_of(&places.database);
     disk::private_dir(dir)?;
-    let mut database = tempfile::Builder::new()
-        .prefix(".restore-")
-        .tempfile_in(dir)
-        .doing(|| format!("write to {}", dir.display()))?;
+    let what = || format!("write to {}", dir.display());
+    // Left by a restore that was killed; the lock says that none is at work.
+    disk::remove_left(dir, WORKSHOP).doing(what)?;
+    let workshop = tempfile::Builder::new()
+        .prefix(WORKSHOP)
+        .tempdir_in(dir)
+        .doing(what)?;
+    let mut database = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(workshop.path().join(DATABASE))
+        .doing(what)?;
     let store = FileStore::open(&places.files)
         .doing(|| format!("open the image store {}", places.files.display()))?;
     let mut images = 0;
     each(file, archive, |entry, size, content| {
         match entry {
             Entry::Database => {
-                let copied =
-                    io::copy(content, &mut database).and_then(|_| database.as_file().sync_all());
-                copied.doing(|| "write the database".to_owned())?;
+                io::copy(content, &mut database).doing(|| "write the database".to_owned())?;
             }
             Entry::Image(id) => {
                 put(&store, id, size, content)?;
@@ -246,7 +266,7 @@ fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(NamedTemp
         }
         Ok(())
     })?;
-    Ok((database, images))
+    Ok((workshop, images))
 }
 
 /// Adds an image to the store, which hashes it: bytes that do not fit their name are refused.
@@ -359,20 +379,27 @@ mod tests {
         archive.append(&header, content).unwrap();
     }
 
+    /// A database without content, as a backup has it.
+    async fn blank() -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let db = fwpush_server::db::Db::open("sqlite:live.db", dir.path())
+            .await
+            .unwrap();
+        let copy = dir.path().join("copy.db");
+        db.vacuum_into(&copy).await.unwrap();
+        db.close().await;
+        fs::read(copy).unwrap()
+    }
+
     /// A backup of the installation with one image; `change` may add to it.
-    fn backup(
+    async fn backup(
         config: &Config,
         change: impl FnOnce(&mut tar::Builder<Vec<u8>>),
     ) -> (tempfile::TempDir, PathBuf) {
         let regular = tar::EntryType::Regular;
         let (content, id) = image();
         let mut archive = tar::Builder::new(Vec::new());
-        add(
-            &mut archive,
-            "fwpush.db",
-            regular,
-            b"SQLite format 3\0 and more",
-        );
+        add(&mut archive, "fwpush.db", regular, &blank().await);
         add(
             &mut archive,
             "trust/1.root.json",
@@ -391,31 +418,33 @@ mod tests {
         places(config).ok().unwrap().database
     }
 
-    #[test]
-    fn a_backup_becomes_the_servers_data() {
+    #[tokio::test]
+    async fn a_backup_becomes_the_servers_data() {
         let (_home, config) = installation();
-        let (_dir, archive) = backup(&config, |_| {});
-        let restored = restore(&config, &archive, false).unwrap();
+        let (_dir, archive) = backup(&config, |_| {}).await;
+        let restored = restore(&config, &archive, false).await.unwrap();
         assert_eq!((restored.images, restored.moved_aside.len()), (1, 0));
+        let left = disk::files_named(disk::parent_of(&database_of(&config)), WORKSHOP, "").unwrap();
+        assert!(left.is_empty(), "{left:?}");
         assert!(fs::read(database_of(&config)).unwrap().starts_with(SQLITE));
         let (content, id) = image();
         let store = FileStore::open(&config.files_dir().unwrap()).unwrap();
         assert_eq!(store.get(&id).unwrap().unwrap().content, content);
     }
 
-    #[test]
-    fn a_database_is_replaced_only_by_force_and_kept_aside() {
+    #[tokio::test]
+    async fn a_database_is_replaced_only_by_force_and_kept_aside() {
         let (_home, config) = installation();
         let database = database_of(&config);
         fs::write(&database, "old").unwrap();
         fs::write(with_suffix(&database, "-wal"), "old log").unwrap();
-        let (_dir, archive) = backup(&config, |_| {});
-        let failure = restore(&config, &archive, false).unwrap_err();
+        let (_dir, archive) = backup(&config, |_| {}).await;
+        let failure = restore(&config, &archive, false).await.unwrap_err();
         assert!(
             failure.to_string().contains("there is a database already"),
             "{failure}"
         );
-        let restored = restore(&config, &archive, true).unwrap();
+        let restored = restore(&config, &archive, true).await.unwrap();
         assert_eq!(restored.moved_aside.len(), 2, "database and log");
         assert_eq!(fs::read(&restored.moved_aside[0]).unwrap(), b"old");
         assert!(
@@ -424,19 +453,19 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_running_server_keeps_its_data() {
+    #[tokio::test]
+    async fn a_running_server_keeps_its_data() {
         let (_home, config) = installation();
-        let (_dir, archive) = backup(&config, |_| {});
+        let (_dir, archive) = backup(&config, |_| {}).await;
         let lock = fwpush_server::lock(&config).unwrap();
-        assert!(restore(&config, &archive, true).is_err());
+        assert!(restore(&config, &archive, true).await.is_err());
         assert!(!database_of(&config).exists());
         drop(lock);
-        restore(&config, &archive, true).unwrap();
+        restore(&config, &archive, true).await.unwrap();
     }
 
-    #[test]
-    fn an_archive_with_anything_foreign_is_refused_untouched() {
+    #[tokio::test]
+    async fn an_archive_with_anything_foreign_is_refused_untouched() {
         use tar::EntryType as Type;
         let foreign = [
             ("../escaped", Type::Regular),
@@ -456,8 +485,9 @@ mod tests {
             } else {
                 b""
             };
-            let (_dir, archive) = backup(&config, |archive| add(archive, name, kind, content));
-            let failure = restore(&config, &archive, true).unwrap_err();
+            let (_dir, archive) =
+                backup(&config, |archive| add(archive, name, kind, content)).await;
+            let failure = restore(&config, &archive, true).await.unwrap_err();
             assert!(!database_of(&config).exists(), "{name}: {failure}");
             assert!(
                 !home.path().join("escaped").exists() && !home.path().join("fw/escaped").exists()
@@ -465,8 +495,20 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_image_that_is_not_what_its_name_says_is_refused() {
+    #[tokio::test]
+    async fn what_a_killed_restore_left_behind_goes_with_the_next() {
+        let (_home, config) = installation();
+        let (_dir, archive) = backup(&config, |_| {}).await;
+        let data = disk::parent_of(&database_of(&config)).to_owned();
+        let left = data.join(format!("{WORKSHOP}killed"));
+        disk::private_dir(&left).unwrap();
+        fs::write(left.join(DATABASE), "half").unwrap();
+        restore(&config, &archive, false).await.unwrap();
+        assert!(!left.exists());
+    }
+
+    #[tokio::test]
+    async fn an_image_that_is_not_what_its_name_says_is_refused() {
         let (_home, config) = installation();
         let other = FileId::of(b"other");
         let (_dir, archive) = backup(&config, |archive| {
@@ -476,15 +518,16 @@ mod tests {
                 tar::EntryType::Regular,
                 b"changed",
             )
-        });
-        assert!(restore(&config, &archive, true).is_err());
+        })
+        .await;
+        assert!(restore(&config, &archive, true).await.is_err());
         assert!(!database_of(&config).exists());
     }
 
-    #[test]
-    fn a_cut_archive_is_refused() {
+    #[tokio::test]
+    async fn a_cut_archive_is_refused() {
         let (_home, config) = installation();
-        let (_dir, archive) = backup(&config, |_| {});
+        let (_dir, archive) = backup(&config, |_| {}).await;
         let whole = fs::read(&archive).unwrap();
         for cut in [
             whole.len() - 1,
@@ -494,16 +537,19 @@ mod tests {
             0,
         ] {
             fs::write(&archive, &whole[..cut]).unwrap();
-            assert!(restore(&config, &archive, false).is_err(), "cut at {cut}");
+            assert!(
+                restore(&config, &archive, false).await.is_err(),
+                "cut at {cut}"
+            );
         }
     }
 
-    #[test]
-    fn a_backup_of_another_installation_is_refused() {
+    #[tokio::test]
+    async fn a_backup_of_another_installation_is_refused() {
         let (_home, config) = installation();
         let (_other_home, other) = installation();
-        let (_dir, archive) = backup(&other, |_| {});
-        let failure = restore(&config, &archive, false).unwrap_err();
+        let (_dir, archive) = backup(&other, |_| {}).await;
+        let failure = restore(&config, &archive, false).await.unwrap_err();
         assert!(failure.to_string().contains("first root"), "{failure}");
     }
 }

@@ -17,6 +17,7 @@ pub mod limits;
 mod listen;
 mod metrics;
 pub mod releases;
+pub mod restored;
 pub mod rollout;
 pub mod rollouts;
 mod server;

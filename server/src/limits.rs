@@ -146,6 +146,11 @@ pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
 /// one or two for each rollout. Devices follow no further either.
 pub const GENERATION_STEP: u64 = 1 << 24;
 
+/// A restored database counts on this far above its own numbers: more rollouts than any server starts between two backups. The
+/// spread on top is chosen anew for each restore; a device may be away for fifteen of them and still follow.
+pub const RESTORED_STEP: u64 = 1 << 16;
+pub const RESTORED_SPREAD: u64 = 1 << 20;
+
 /// Places of one device in the queue of reports: what an agent keeps unacknowledged.
 pub const INGEST_SHARE: usize = 64;
 

@@ -158,12 +158,22 @@ async fn record(tx: &mut Tx, id: &DeviceId) -> Result<Option<DeviceRecord>, DbEr
     row.as_ref().map(DeviceRecord::read).transpose()
 }
 
+/// Records made from now on begin with this generation, or with a higher one that holds already.
+async fn begin_above(tx: &mut Tx, generation: u64) -> Result<(), DbError> {
+    const RAISE: &str = "INSERT INTO meta (name, value) VALUES ('first_generation', $1) \
+        ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE meta.value < excluded.value";
+    tx.execute("raise the first generation", RAISE, params![generation])
+        .await?;
+    Ok(())
+}
+
 impl Db {
     /// Makes a record, and lets the device into an open rollout that targets all, where one is for it.
     pub async fn add_device(&self, new: NewDevice, actor: &str) -> Result<Added, DbError> {
         const ADD: &str = "add a device";
-        const INSERT: &str = "INSERT INTO devices (device_id, product, hw_id, hw_rev, channel, created_at_ms) \
-            VALUES ($1, $2, $3, $4, $5, $6)";
+        const INSERT: &str = "INSERT INTO devices (device_id, product, hw_id, hw_rev, channel, created_at_ms, \
+            desired_generation) VALUES ($1, $2, $3, $4, $5, $6, \
+            COALESCE((SELECT value FROM meta WHERE name = 'first_generation'), 0))";
         let mut tx = self.begin().await?;
         if let Some(record) = record(&mut tx, &new.client_id).await? {
             return Ok(if record.is(&new) {
@@ -288,6 +298,8 @@ impl Db {
         state
             .events
             .push(NewEvent::audit(Some(id), "REMOVED", "", actor));
+        // A later record of the same id, maybe of the same device, counts on from here.
+        begin_above(&mut tx, state.record.desired_generation).await?;
         let saved = states::save(&mut tx, removed).await?;
         rollout_devices::forget(&mut tx, id).await?;
         tx.execute(
@@ -299,6 +311,41 @@ impl Db {
         tx.commit().await?;
         saved.nudge(self);
         Ok(true)
+    }
+
+    /// Makes every device's generation, and that under which later records begin, higher by `by` and tells open updates anew. For
+    /// a database that was restored and that nothing else uses yet. Gives the number of devices.
+    pub async fn lift_generations(&self, by: u64) -> Result<u64, DbError> {
+        const FIRST: &str =
+            "SELECT COALESCE(MAX(value), 0) AS first FROM meta WHERE name = 'first_generation'";
+        let mut tx = self.begin().await?;
+        let first = tx.row("read the first generation", FIRST, vec![]).await?;
+        let first = first.map_or(Ok(0), |row| row.u64("first"))?;
+        begin_above(&mut tx, first.saturating_add(by).min(limits::NUMBER)).await?;
+        tx.commit().await?;
+        let mut filter = DeviceFilter {
+            limit: u32::try_from(limits::STATE_ROWS).unwrap_or(u32::MAX),
+            ..DeviceFilter::default()
+        };
+        let mut devices = 0;
+        loop {
+            let page = self.list_devices(&filter).await?;
+            let ids: Vec<DeviceId> = page.into_iter().map(|record| record.client_id).collect();
+            let Some(last) = ids.last() else {
+                return Ok(devices);
+            };
+            filter.after = Some(last.clone());
+            devices += ids.len() as u64;
+            let mut tx = self.begin().await?;
+            let now = tx.now();
+            let mut states = states::load(self, &mut On::Tx(&mut tx), &ids).await?;
+            for state in &mut states {
+                state.lift(by, now);
+            }
+            let saved = states::save(&mut tx, states).await?;
+            tx.commit().await?;
+            saved.nudge(self);
+        }
     }
 
     /// Replaces the list of ids whose events the device hears. None: unknown device.

@@ -1,6 +1,6 @@
 //! What the engine's tests stand on: a real database in a directory of its own, and short words for common steps.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use fwpush_keys::{
     id::{DeviceId, FileId, ReleaseId, RolloutId},
@@ -31,6 +31,7 @@ pub(crate) fn ids(names: &[&str]) -> Vec<DeviceId> {
 /// A server's engine without its tasks: tests take each step themselves.
 pub(crate) struct Bench {
     pub db: Db,
+    /// Gone with the bench, unless the database is somebody else's.
     pub dir: tempfile::TempDir,
     files: u64,
     said: u64,
@@ -45,6 +46,16 @@ impl Bench {
             dir,
             files: 0,
             said: 0,
+        }
+    }
+
+    /// On a database that is there already.
+    pub(crate) async fn at(dir: &Path, url: &str) -> Self {
+        Self {
+            db: Db::open(url, dir).await.unwrap(),
+            dir: tempfile::tempdir().unwrap(),
+            files: 100,
+            said: 100,
         }
     }
 

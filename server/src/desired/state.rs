@@ -322,6 +322,12 @@ impl DeviceState {
         row.announce = true;
     }
 
+    /// The database was restored from a backup: the device may know the next `by` generations for something else.
+    pub(crate) fn lift(&mut self, by: u64, now: Timestamp) {
+        let lifted = self.record.desired_generation.saturating_add(by);
+        self.restart(lifted.min(limits::NUMBER), now);
+    }
+
     pub(super) fn event(&mut self, kind: &str, details: String) {
         self.events
             .push(NewEvent::of_device(&self.record.client_id, kind, details));

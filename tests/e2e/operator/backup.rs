@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fwpush_tests::{agent::Device, site::Site};
+use fwpush_tests::{agent::Device, site::Site, wait::until};
 
 use super::{expect_failure, running_device};
 
@@ -109,6 +109,47 @@ fn a_restored_server_goes_on_with_devices_that_know_more_than_it_does() {
         slot.starts_with(&fs::read(first).unwrap()),
         "the restored image is another"
     );
+}
+
+#[tokio::test]
+async fn what_a_restored_server_releases_is_news_to_a_device_that_was_away() {
+    let mut site = Site::started();
+    let mut device: Device = running_device(&site, "dev-1");
+    site.release(&site.image("first.img", 100_000, 1), "1.1.0")
+        .ok();
+    let archive = back_up(&site);
+    for (version, seed) in [("1.2.0", 2), ("1.3.0", 3), ("1.4.0", 4)] {
+        let image = site.image(version, 100_000 + seed as usize, seed);
+        site.release(&image, version).ok();
+    }
+    let seen = generation(&site);
+    device.kill();
+
+    lose_the_server(&mut site);
+    site.fwpush(&["restore", archive.to_str().unwrap()]).ok();
+    site.start();
+    // Rollouts while the device is away: the server's count from the backup on would meet the one that the device knows.
+    let mut newest = PathBuf::new();
+    for (version, seed) in [("2.0.0", 5), ("2.1.0", 6), ("2.2.0", 7)] {
+        newest = site.image(version, 100_000 + seed as usize, seed);
+        site.release_with(&newest, version, &["--detach"]).ok();
+        if generation(&site) == seen {
+            break;
+        }
+    }
+    device.start();
+    let version = newest.file_name().unwrap().to_str().unwrap();
+    until("the newest release on the device", async || {
+        let shown = site.device("dev-1");
+        if shown["device"]["current"]["version"] == version {
+            return Ok(());
+        }
+        Err(shown)
+    })
+    .await;
+    let status = device.status();
+    let slot = device.slot(status["slot"].as_str().unwrap());
+    assert!(slot.starts_with(&fs::read(newest).unwrap()));
 }
 
 /// Every file below a directory.
