@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use fwpush_keys::{
@@ -12,6 +13,7 @@ use fwpush_keys::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    budget::{Ask, Budgets},
     db::{Db, DbError},
     limits,
 };
@@ -25,6 +27,8 @@ pub enum Refused {
     Blocked(DeviceId),
     #[error("this is not the newest certificate of device {0}")]
     OldCertificate(DeviceId),
+    #[error("device {0} asks for too much at once; it may come back in a few seconds")]
+    Hasty(DeviceId),
     #[error("the device database does not answer")]
     Database(#[source] DbError),
 }
@@ -34,6 +38,7 @@ pub enum Refused {
 pub struct Access {
     db: Db,
     state: Arc<Mutex<State>>,
+    budgets: Budgets,
 }
 
 #[derive(Debug, Default)]
@@ -54,6 +59,7 @@ impl Access {
         Self {
             db,
             state: Arc::new(Mutex::new(state)),
+            budgets: Budgets::default(),
         }
     }
 
@@ -100,6 +106,15 @@ impl Access {
     /// True for a device that is known to be blocked, without asking the database.
     pub fn is_blocked(&self, device: &DeviceId) -> bool {
         self.state().blocked.contains(device)
+    }
+
+    /// Takes what `ask` costs from the device's budget, which all of its connections share.
+    pub(crate) fn spend(&self, device: &DeviceId, ask: Ask) -> Result<(), Refused> {
+        if self.budgets.take(device, ask, Instant::now()) {
+            Ok(())
+        } else {
+            Err(Refused::Hasty(device.clone()))
+        }
     }
 
     /// A device must have a record, not be blocked, and hold the newest certificate given to it.

@@ -6,6 +6,7 @@
 pub mod access;
 mod api;
 mod backup;
+mod budget;
 pub mod config;
 pub mod db;
 pub mod desired;

@@ -98,8 +98,15 @@ pub const TEXT_BYTES: usize = 1_024;
 /// A text to a device.
 pub const MESSAGE_TEXT_BYTES: usize = 4 * 1024;
 
-/// Messages of one device a second, on average over 10 s: an update sends about 20 in all. A faster peer is disconnected.
+/// Messages of one device a second, on average over [`BUDGET_TIME`] and over all of its streams: an update sends about 20 in all. A
+/// faster peer is disconnected.
 pub const MESSAGES_PER_SECOND: u32 = 50;
+pub const BUDGET_TIME: Duration = Duration::from_secs(10);
+
+/// What opening a stream and a download costs of the same budget, by the database reads that they take: 10 streams or 25 downloads
+/// a second. A device reconnects once a second at most; an update with many gaps asks for each, at 1.6 MB/s of 64 KiB pieces at the least.
+pub const CONNECT_COST: u32 = 5;
+pub const DOWNLOAD_COST: u32 = 2;
 
 /// Roots in one TrustUpdate.
 pub const ROOTS_PER_UPDATE: usize = 16;

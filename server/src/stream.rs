@@ -17,6 +17,7 @@ use tonic::{Status, Streaming};
 
 use crate::{
     access::Access,
+    budget::Ask,
     config::Tunables,
     db::{Db, DeviceRecord},
     desired::{self, Desired, DesiredAction},
@@ -124,7 +125,6 @@ async fn serve(
         sent_at: Instant::now(),
         trust_refused: None,
         heard: Instant::now(),
-        budget: Budget::new(),
     };
     stream.welcome(&hello.facts, desired).await?;
     stream.exchange(inbound).await
@@ -172,7 +172,6 @@ struct Stream<'a> {
     /// The last refusal of a trust document that was noted, so that a repetition costs nothing.
     trust_refused: Option<String>,
     heard: Instant,
-    budget: Budget,
 }
 
 impl Stream<'_> {
@@ -254,7 +253,12 @@ impl Stream<'_> {
     }
 
     async fn handle(&mut self, message: ClientMessage) -> Result<(), End> {
-        if !self.budget.take() {
+        if self
+            .context
+            .access
+            .spend(self.device, Ask::Message)
+            .is_err()
+        {
             let words = format!(
                 "more than {} messages a second",
                 limits::MESSAGES_PER_SECOND
@@ -420,33 +424,5 @@ impl Stream<'_> {
             Ok(Err(_)) => Err(End::Left),
             Err(_) => Err(End::Stalled),
         }
-    }
-}
-
-/// Messages a second, averaged over ten.
-#[derive(Debug)]
-struct Budget {
-    left: f64,
-    at: Instant,
-}
-
-impl Budget {
-    const MOST: f64 = limits::MESSAGES_PER_SECOND as f64 * 10.0;
-
-    fn new() -> Self {
-        Self {
-            left: Self::MOST,
-            at: Instant::now(),
-        }
-    }
-
-    fn take(&mut self) -> bool {
-        let now = Instant::now();
-        let earned =
-            now.duration_since(self.at).as_secs_f64() * f64::from(limits::MESSAGES_PER_SECOND);
-        (self.left, self.at) = ((self.left + earned).min(Self::MOST), now);
-        let enough = self.left >= 1.0;
-        self.left -= if enough { 1.0 } else { 0.0 };
-        enough
     }
 }

@@ -16,11 +16,12 @@ use http_body_util::{BodyExt as _, Limited};
 use prost::Message as _;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use crate::{
     access::Access,
     api::{authorize, status},
+    budget::Ask,
     db::Db,
     files::{DownloadBody, FileStore, Range, StoredFile},
     limits,
@@ -80,6 +81,9 @@ impl Downloads {
     async fn download(&self, request: http::Request<Body>) -> Result<Response, Status> {
         let (parts, body) = request.into_parts();
         let (device, caller) = authorize::device(parts.extensions.get::<Caller>())?;
+        self.access
+            .spend(&device, Ask::Download)
+            .map_err(status::access)?;
         self.access
             .check_device(&device, &caller.peer)
             .await
@@ -180,10 +184,12 @@ impl Downloads {
             .unwrap_or_else(PoisonError::into_inner);
         let own = by_device.get(device).copied().unwrap_or(0);
         if own >= limits::DOWNLOADS_PER_DEVICE {
-            return Err(try_later("this device has too many downloads under way"));
+            return Err(status::try_later(
+                "this device has too many downloads under way",
+            ));
         }
         if self.active.load(Ordering::Relaxed) >= self.most {
-            return Err(try_later("too many downloads now"));
+            return Err(status::try_later("too many downloads now"));
         }
         self.active.fetch_add(1, Ordering::Relaxed);
         by_device.insert(device.clone(), own + 1);
@@ -193,13 +199,6 @@ impl Downloads {
             device: device.clone(),
         })
     }
-}
-
-fn try_later(why: &str) -> Status {
-    let mut status = Status::new(Code::ResourceExhausted, why);
-    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
-    status.metadata_mut().insert("retry-after-ms", retry.into());
-    status
 }
 
 /// Reads the one message of the request.

@@ -8,6 +8,7 @@ use tracing::Instrument as _;
 
 use crate::{
     api::{authorize, status},
+    budget::Ask,
     listen::Caller,
     stream::{self, Context},
 };
@@ -33,8 +34,11 @@ impl PushService for Push {
         request: Request<Streaming<ClientMessage>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let (device, caller) = authorize::device(request.extensions().get::<Caller>())?;
-        self.context
-            .access
+        let access = &self.context.access;
+        access
+            .spend(&device, Ask::Connect)
+            .map_err(status::access)?;
+        access
             .check_device(&device, &caller.peer)
             .await
             .map_err(status::access)?;

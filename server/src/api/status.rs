@@ -2,7 +2,7 @@
 
 use tonic::{Code, Status};
 
-use crate::{access, files::StoreError};
+use crate::{access, files::StoreError, limits};
 
 /// Of the database.
 pub use crate::wire::db;
@@ -11,11 +11,21 @@ pub use crate::wire::db;
 pub fn access(refused: access::Refused) -> Status {
     match refused {
         access::Refused::Database(error) => db(error),
+        // Its number is the device's choice: no line in the log for each.
+        access::Refused::Hasty(_) => try_later(refused.to_string()),
         refused => {
             tracing::info!(reason = %refused, "A device was refused.");
             Status::permission_denied(refused.to_string())
         }
     }
+}
+
+/// Too much now; the device is told when to ask again.
+pub fn try_later(why: impl Into<String>) -> Status {
+    let mut status = Status::new(Code::ResourceExhausted, why);
+    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
+    status.metadata_mut().insert("retry-after-ms", retry.into());
+    status
 }
 
 /// Of the file store.
