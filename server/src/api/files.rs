@@ -23,7 +23,7 @@ use crate::{
     api::{authorize, status},
     budget::Ask,
     db::Db,
-    files::{DownloadBody, FileStore, Range, StoredFile},
+    files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoredFile},
     limits,
     listen::Caller,
     metrics as m,
@@ -100,12 +100,12 @@ impl Downloads {
         self.check_wanted_by(&device, &id).await?;
         let slot = self.slot(&device)?;
         let file = self.open(id).await?;
-        let bytes = match part {
+        let mapped = match part {
             Part::Content => file.content.clone(),
             Part::Outline => file.outline.clone(),
         };
         let range = Range::of(
-            bytes.len(),
+            mapped.len(),
             wanted.offset,
             wanted.length,
             wanted.max_chunk_bytes,
@@ -114,7 +114,7 @@ impl Downloads {
             Status::out_of_range(format!(
                 "offset {} is past the end, {}",
                 wanted.offset,
-                bytes.len()
+                mapped.len()
             ))
         })?;
         tracing::debug!(device.id = %device, file = %id, offset = wanted.offset, "A download began.");
@@ -125,8 +125,12 @@ impl Downloads {
             ended.clone(),
             caller.hang_up.clone(),
             device,
+            Served {
+                id,
+                file: mapped.clone(),
+            },
         ));
-        let body = DownloadBody::new(bytes, range, progress, slot, ended.drop_guard());
+        let body = DownloadBody::new(mapped, range, progress, slot, ended.drop_guard());
         Response::builder()
             .header("content-type", "application/grpc")
             .body(Body::new(body))
@@ -223,7 +227,7 @@ async fn decode(body: Body) -> Result<FileRequest, Status> {
         .map_err(|_| Status::invalid_argument("the FileRequest cannot be decoded"))
 }
 
-/// Ends the connection of a download in which the peer takes nothing for [`limits::DOWNLOAD_STALL`].
+/// Watches a download to its end, and ends the connection of one in which the peer takes nothing for [`limits::DOWNLOAD_STALL`].
 ///
 /// Nothing else would: HTTP/2 does not ask the body for more while the peer gives no window.
 async fn watch(
@@ -231,6 +235,7 @@ async fn watch(
     ended: CancellationToken,
     hang_up: CancellationToken,
     device: DeviceId,
+    served: Served,
 ) {
     let mut counted = 0;
     loop {
@@ -248,6 +253,18 @@ async fn watch(
         counted = now;
     }
     metrics::counter!(m::DOWNLOAD_BYTES).increment(progress.load(Ordering::Relaxed) - counted);
+    if served.file.is_damaged() {
+        tracing::error!(
+            device.id = %device, file = %served.id, next = RESTORE_HINT,
+            "A download was ended: the stored file is damaged."
+        );
+    }
+}
+
+/// What a download is of.
+struct Served {
+    id: FileId,
+    file: Mapped,
 }
 
 #[derive(Debug)]

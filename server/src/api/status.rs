@@ -39,6 +39,10 @@ pub fn store(error: StoreError) -> Status {
             );
             return Status::unavailable("the file store failed; the server's log says why");
         }
+        StoreError::Damaged(_) => {
+            tracing::error!(error = words, "The file store failed.");
+            return Status::data_loss("the stored file is damaged; the server's log says more");
+        }
         StoreError::UploadBusy => Code::Aborted,
         StoreError::WrongOffset { .. } => Code::FailedPrecondition,
         StoreError::TooLong { .. } | StoreError::TooShort { .. } | StoreError::Size => {

@@ -18,8 +18,12 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame};
 use tokio_util::sync::DropGuard;
+use tonic::Code;
 
-use crate::limits;
+use crate::{
+    files::{Damaged, Mapped},
+    limits,
+};
 
 // Field numbers of FileChunk, as tags (field << 3 | wire type).
 const TAG_CONTENT: u8 = 1 << 3 | 2;
@@ -62,7 +66,7 @@ impl Range {
 /// The response body of one download.
 #[derive(Debug)]
 pub struct DownloadBody<Guard> {
-    file: Bytes,
+    file: Mapped,
     range: Range,
     sequence: u64,
     /// Content whose header was just handed out.
@@ -76,6 +80,7 @@ pub struct DownloadBody<Guard> {
 #[derive(Debug, PartialEq, Eq)]
 enum State {
     Chunks,
+    /// Every chunk was handed out.
     Trailers,
     Done,
 }
@@ -83,7 +88,7 @@ enum State {
 impl<Guard> DownloadBody<Guard> {
     /// `guard` is held until the body is dropped; `ended` is cancelled then.
     pub fn new(
-        file: Bytes,
+        file: Mapped,
         range: Range,
         progress: Arc<AtomicU64>,
         guard: Guard,
@@ -100,18 +105,19 @@ impl<Guard> DownloadBody<Guard> {
         }
     }
 
-    fn next_header(&mut self) -> Bytes {
+    /// The header of the next chunk, whose content is then pending.
+    fn next_header(&mut self) -> Result<Bytes, Damaged> {
         let offset = self.range.bytes.start;
         let end = self.range.bytes.end.min(offset + self.range.chunk);
         let is_last = end == self.range.bytes.end;
-        self.pending = self.file.slice(offset..end);
+        self.pending = self.file.slice(offset..end)?;
         self.range.bytes.start = end;
         if is_last {
             self.state = State::Trailers;
         }
         let header = encode_header(self.sequence, is_last, offset as u64, self.pending.len());
         self.sequence += 1;
-        header
+        Ok(header)
     }
 }
 
@@ -129,21 +135,34 @@ impl<Guard: Unpin> Body for DownloadBody<Guard> {
                 .fetch_add(content.len() as u64, Ordering::Relaxed);
             return Poll::Ready(Some(Ok(Frame::data(content))));
         }
-        match self.state {
-            State::Chunks => Poll::Ready(Some(Ok(Frame::data(self.next_header())))),
-            State::Trailers => {
-                self.state = State::Done;
-                let mut trailers = HeaderMap::new();
-                trailers.insert("grpc-status", HeaderValue::from_static("0"));
-                Poll::Ready(Some(Ok(Frame::trailers(trailers))))
-            }
-            State::Done => Poll::Ready(None),
-        }
+        let code = match self.state {
+            State::Chunks => match self.next_header() {
+                Ok(header) => return Poll::Ready(Some(Ok(Frame::data(header)))),
+                Err(Damaged) => Code::DataLoss,
+            },
+            // What was handed out may have been lost before it was sent.
+            State::Trailers if self.file.is_damaged() => Code::DataLoss,
+            State::Trailers => Code::Ok,
+            State::Done => return Poll::Ready(None),
+        };
+        self.state = State::Done;
+        Poll::Ready(Some(Ok(Frame::trailers(trailers(code)))))
     }
 
     fn is_end_stream(&self) -> bool {
         self.state == State::Done
     }
+}
+
+fn trailers(code: Code) -> HeaderMap {
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from(code as i32));
+    if code == Code::DataLoss {
+        let words =
+            HeaderValue::from_static("the stored file is damaged; the server's log says more");
+        trailers.insert("grpc-message", words);
+    }
+    trailers
 }
 
 /// Everything of a message up to the content's own bytes. Protobuf allows any order of fields; `content` comes last.
@@ -182,6 +201,8 @@ fn put_varint(buffer: &mut BytesMut, mut value: u64) {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, io::Write as _};
+
     use futures::{FutureExt as _, StreamExt as _};
     use fwpush_proto::v1::FileChunk;
     use http_body_util::BodyStream;
@@ -191,16 +212,21 @@ mod tests {
 
     use super::*;
 
+    fn stored(content: &[u8]) -> (File, Mapped) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        let mapped = Mapped::new(&file).unwrap();
+        (file, mapped)
+    }
+
+    fn body(file: Mapped, range: Range) -> DownloadBody<()> {
+        let guard = CancellationToken::new().drop_guard();
+        DownloadBody::new(file, range, Arc::default(), (), guard)
+    }
+
     /// Decodes a body the way any gRPC client does.
     fn chunks(file: &[u8], range: Range) -> Vec<FileChunk> {
-        let guard = CancellationToken::new().drop_guard();
-        let body = DownloadBody::new(
-            Bytes::copy_from_slice(file),
-            range,
-            Arc::default(),
-            (),
-            guard,
-        );
+        let body = body(stored(file).1, range);
         let frames: Vec<_> = BodyStream::new(body)
             .collect::<Vec<_>>()
             .now_or_never()
@@ -246,6 +272,37 @@ mod tests {
                 prop_assert_eq!(chunk.is_last, index + 1 == got.len());
                 at += chunk.content.len() as u64;
             }
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_short_ends_its_download_with_data_loss() {
+        let next = |body: &mut BodyStream<DownloadBody<()>>| {
+            let frame = body.next().now_or_never().unwrap();
+            frame.map(|frame| frame.unwrap().into_data())
+        };
+        let status = |frame: Option<Result<Bytes, Frame<Bytes>>>| {
+            let trailers = frame.unwrap().unwrap_err().into_trailers().unwrap();
+            (
+                trailers["grpc-status"].clone(),
+                trailers.contains_key("grpc-message"),
+            )
+        };
+        let chunk = limits::CHUNK_MIN_BYTES;
+        for cut_after in [1, 3] {
+            let (file, mapped) = stored(&vec![7; 3 * chunk]);
+            let range = Range::of(3 * chunk, 0, 0, chunk as u32).unwrap();
+            let mut body = BodyStream::new(body(mapped, range));
+            let mut sent = Vec::new();
+            for _ in 0..cut_after {
+                next(&mut body).unwrap().unwrap();
+                sent.push(next(&mut body).unwrap().unwrap());
+            }
+            file.set_len(0).unwrap();
+            // What waits to be written to the socket, too.
+            assert!(sent.concat().iter().all(|byte| *byte == 0));
+            assert_eq!(status(next(&mut body)), ("15".parse().unwrap(), true));
+            assert!(next(&mut body).is_none());
         }
     }
 

@@ -17,13 +17,15 @@ use std::{
     time::SystemTime,
 };
 
-use bytes::Bytes;
 use fwpush_keys::{
     id::FileId,
     outline::{Outline, outline_of},
 };
 
-use crate::{files::mapped, limits};
+use crate::{files::Mapped, limits};
+
+/// What to do about a stored file that is not whole any more.
+pub const RESTORE_HINT: &str = "it was cut short, or its disk cannot read it; publish its release again with --image, or restore a backup";
 
 /// What went wrong in the store; the path stands in the source, for the log and not for the peer.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +36,8 @@ pub enum StoreError {
         file: FileId,
         source: io::Error,
     },
+    #[error("stored file {0} is damaged: {hint}", hint = RESTORE_HINT)]
+    Damaged(FileId),
     #[error("prepare the file store")]
     Open(#[source] io::Error),
     #[error("another upload of this file is under way")]
@@ -66,9 +70,20 @@ struct Inner {
 /// A finished file, mapped.
 #[derive(Debug)]
 pub struct StoredFile {
-    pub content: Bytes,
+    pub content: Mapped,
     /// Empty for files of up to 64 KiB.
-    pub outline: Bytes,
+    pub outline: Mapped,
+}
+
+impl StoredFile {
+    fn is_damaged(&self) -> bool {
+        self.content.is_damaged() || self.outline.is_damaged()
+    }
+
+    /// Content and outline are of the same number of groups.
+    fn fits(&self) -> bool {
+        Outline::encoded_len(self.content.len() as u64) == self.outline.len() as u64
+    }
 }
 
 impl FileStore {
@@ -88,8 +103,9 @@ impl FileStore {
 
     /// The file, or `None` if it is not here. Blocks on the disk.
     pub fn get(&self, id: &FileId) -> Result<Option<Arc<StoredFile>>, StoreError> {
-        if let Some(file) = self.opened().get(id) {
-            return Ok(Some(file.clone()));
+        let opened = self.opened().get(id).cloned();
+        if let Some(file) = opened.filter(|file| !file.is_damaged()) {
+            return Ok(Some(file));
         }
         let failed = |source| StoreError::Io {
             operation: "open",
@@ -102,15 +118,18 @@ impl FileStore {
         let outline = open_found(&self.outline_path(id)).map_err(failed)?;
         let outline = outline.ok_or_else(|| failed(io::Error::other("its outline is missing")))?;
         let file = Arc::new(StoredFile {
-            content: mapped::map(&content).map_err(failed)?,
-            outline: mapped::map(&outline).map_err(failed)?,
+            content: Mapped::new(&content).map_err(failed)?,
+            outline: Mapped::new(&outline).map_err(failed)?,
         });
+        if file.content.is_empty() || !file.fits() {
+            return Err(StoreError::Damaged(*id));
+        }
         let mut open = self.opened();
         if open.len() >= limits::OPEN_FILES {
             // Those in use live on in their downloads; the others are mapped again when asked for.
             open.retain(|_, file| Arc::strong_count(file) > 1);
         }
-        if open.len() < limits::OPEN_FILES {
+        if open.len() < limits::OPEN_FILES || open.contains_key(id) {
             open.insert(*id, file.clone());
         }
         Ok(Some(file))
@@ -412,11 +431,15 @@ mod tests {
         second.append(&content[70_000..]).unwrap();
         second.finish().unwrap();
         let file = store.get(&id).unwrap().unwrap();
-        assert_eq!(file.content, content);
+        assert_eq!(file.content.slice(0..content.len()).unwrap(), content);
         assert_eq!(
-            Outline::from_bytes(id, 200_000, &file.outline)
-                .unwrap()
-                .groups(),
+            Outline::from_bytes(
+                id,
+                200_000,
+                &file.outline.slice(0..file.outline.len()).unwrap()
+            )
+            .unwrap()
+            .groups(),
             4
         );
         assert_eq!(store.list().unwrap(), [id]);
@@ -451,6 +474,24 @@ mod tests {
             Err(StoreError::TooShort { received: 0, .. })
         ));
         assert!(matches!(store.upload(id, 0, 0), Err(StoreError::Size)));
+    }
+
+    #[test]
+    fn a_damaged_file_is_said_to_be_and_can_be_uploaded_again() {
+        let (_dir, store) = store();
+        let (content, id) = image(200_000);
+        put(&store, &content, id).unwrap();
+        let held = store.get(&id).unwrap().unwrap();
+        let stored = File::options().write(true).open(store.path(&id)).unwrap();
+        stored.set_len(100_000).unwrap();
+        assert_eq!(
+            held.content.slice(190_000..200_000),
+            Err(crate::files::Damaged)
+        );
+        assert!(matches!(store.get(&id), Err(StoreError::Damaged(found)) if found == id));
+        put(&store, &content, id).unwrap();
+        let file = store.get(&id).unwrap().unwrap();
+        assert_eq!(file.content.slice(0..200_000).unwrap(), content);
     }
 
     #[test]

@@ -5,4 +5,5 @@ mod local;
 mod mapped;
 
 pub use frames::{DownloadBody, Range};
-pub use local::{FileStore, StoreError, StoredFile, Upload};
+pub use local::{FileStore, RESTORE_HINT, StoreError, StoredFile, Upload};
+pub use mapped::{Damaged, Mapped};

@@ -27,8 +27,11 @@ pub async fn status(
     }
     let (store, size) = (admin.store.clone(), request.size);
     let (complete, received) = on_disk(move || {
-        if let Some(stored) = store.get(&file)? {
-            return Ok((true, stored.content.len() as u64));
+        match store.get(&file) {
+            Ok(Some(stored)) => return Ok((true, stored.content.len() as u64)),
+            // What is uploaded takes its place.
+            Ok(None) | Err(StoreError::Damaged(_)) => {}
+            Err(error) => return Err(error),
         }
         let received = store.received(&file)?;
         if received > size {
