@@ -274,7 +274,7 @@ fn put(store: &FileStore, id: FileId, size: u64, content: &mut dyn Read) -> Resu
     let what = || format!("restore image {id}");
     // What an unfinished upload of it had brought is of no use beside the whole image.
     store.discard(&id).doing(what)?;
-    let mut upload = store.upload(id, size, 0).doing(what)?;
+    let mut upload = store.upload(id, size, 0, "restore").doing(what)?;
     let mut buffer = vec![0; limits::HASH_BUFFER_BYTES];
     loop {
         match content.read(&mut buffer).doing(what)? {

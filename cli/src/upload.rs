@@ -114,6 +114,9 @@ async fn attempt(client: &Client, image: &Image, bar: &ProgressBar) -> Result<At
             from: Some(from),
             status: Status::unavailable(format!("the server has only {} bytes", status.received)),
         }),
+        Err(status) if status.code() == Code::AlreadyExists => Err(client
+            .refused("upload the image", &status)
+            .next("Another command uploads it now. When that has ended, repeat this one: it goes on where the upload stands.")),
         Err(status) if status.code() == Code::DataLoss => Err(Failure::new(format!(
             "upload the image: what the server received does not hash to {}",
             image.blake3
@@ -124,7 +127,10 @@ async fn attempt(client: &Client, image: &Image, bar: &ProgressBar) -> Result<At
             if is_lost(&status)
                 || matches!(
                     status.code(),
-                    Code::Aborted | Code::FailedPrecondition | Code::ResourceExhausted
+                    Code::Aborted
+                        | Code::DeadlineExceeded
+                        | Code::FailedPrecondition
+                        | Code::ResourceExhausted
                 ) =>
         {
             Ok(Attempt::Lost {

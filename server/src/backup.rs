@@ -8,7 +8,7 @@
 //! Private keys are not in it: back up `server/pki` once, apart, when they are made.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -23,6 +23,9 @@ use crate::{
 
 /// Bytes of one piece of the archive.
 const PIECE_BYTES: usize = 256 * 1024;
+
+/// How the names of the directories begin in which the database is copied.
+const WORKSHOP: &str = "backup-";
 
 /// Why a backup failed.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +47,7 @@ pub async fn run(
     out: mpsc::Sender<Bytes>,
 ) -> Result<(), BackupError> {
     let dir = tempfile::Builder::new()
-        .prefix("backup-")
+        .prefix(WORKSHOP)
         .tempdir_in(scratch)?;
     let copy = dir.path().join("fwpush.db");
     db.vacuum_into(&copy).await?;
@@ -52,6 +55,19 @@ pub async fn run(
     let (store, root) = (store.clone(), trust_dir.join("1.root.json"));
     let packed = tokio::task::spawn_blocking(move || pack(&copy, &root, &store, out)).await;
     packed.map_err(io::Error::other)??;
+    Ok(())
+}
+
+/// Removes the copies that a killed server left in `scratch`. No backup may be under way.
+pub fn forget_left(scratch: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(scratch)? {
+        let entry = entry?;
+        let ours = entry.file_name().to_string_lossy().starts_with(WORKSHOP);
+        if ours && entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+            tracing::info!(path = %entry.path().display(), "The copy of a backup that was cut off was removed.");
+        }
+    }
     Ok(())
 }
 
@@ -96,5 +112,26 @@ impl Write for Pieces {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_backup_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir(path("backup-x1")).unwrap();
+        fs::write(path("backup-x1/fwpush.db"), "a copy").unwrap();
+        fs::create_dir(path("files")).unwrap();
+        fs::write(path("backup-mine.tar"), "an operator's").unwrap();
+        fs::write(path("fwpush.db"), "the database").unwrap();
+        forget_left(dir.path()).unwrap();
+        assert!(!path("backup-x1").exists());
+        for kept in ["files", "backup-mine.tar", "fwpush.db"] {
+            assert!(path(kept).exists(), "{kept}");
+        }
     }
 }

@@ -143,8 +143,12 @@ pub const FILE_BYTES: u64 = 64 << 30;
 /// One upload chunk.
 pub const UPLOAD_CHUNK_BYTES: usize = 1024 * 1024;
 
-/// Uploads at once.
+/// Uploads at once; one more waits this long for a place, or for an older upload of the same file to end.
 pub const UPLOADS: usize = 4;
+pub const UPLOAD_WAIT: Duration = Duration::from_secs(5);
+
+/// An upload that brings no whole chunk for this long is ended, and goes on with the next call: 1 MiB in 60 s is 18 KB/s.
+pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
 
 /// Partial uploads are forgotten after a week without a new byte.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);

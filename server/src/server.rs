@@ -27,6 +27,7 @@ use tonic::service::Routes;
 use crate::{
     access::Access,
     api::{About, Admin, Downloads, Health, Nodes, Push, serve_http},
+    backup,
     config::{Config, ConfigError, Tunables},
     db::{Db, DbError},
     devices::Devices,
@@ -123,6 +124,10 @@ impl Server {
         )?;
         let db = Db::open(&config.database.url, config.base()).await?;
         let store = FileStore::open(&config.files_dir()?)?;
+        if let Err(error) = backup::forget_left(&data_dir(&config)) {
+            // It costs room and nothing else.
+            tracing::warn!(%error, "What backups that were cut off left behind could not be removed.");
+        }
         let trust = TrustDocs::open(&config.trust.dir, db.clone()).await?;
         for list in trust.revocations() {
             trust
@@ -193,6 +198,7 @@ impl Server {
             uploads: Arc::new(Semaphore::new(limits::UPLOADS)),
             backups: Arc::new(Semaphore::new(1)),
         };
+        tokio::spawn(forget_old_uploads(store.clone(), engine_stop.clone()));
         let downloads = Downloads::new(db.clone(), store, access.clone(), config.limits.downloads);
         let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, app| {
             Arc::new(Listener {
@@ -419,6 +425,21 @@ pub fn lock(config: &Config) -> Result<File, StartError> {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked { path: dir }),
         Err(fs::TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+/// Forgets uploads that nobody goes on with, now and then.
+async fn forget_old_uploads(store: FileStore, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
+        }
+        let store = store.clone();
+        let forgot = tokio::task::spawn_blocking(move || store.forget_old_uploads()).await;
+        if let Ok(Err(error)) = forgot {
+            tracing::warn!(%error, "Old uploads stay a while longer.");
+        }
     }
 }
 

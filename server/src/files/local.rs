@@ -8,7 +8,7 @@
 //! The file is renamed into place last, after it and its outline were synced: what is found under its hash is whole.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, hash_map::Entry},
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -21,6 +21,7 @@ use fwpush_keys::{
     id::FileId,
     outline::{Outline, outline_of},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{files::Mapped, limits};
 
@@ -64,7 +65,17 @@ pub struct FileStore {
 struct Inner {
     root: PathBuf,
     open: Mutex<HashMap<FileId, Arc<StoredFile>>>,
-    uploading: Mutex<HashSet<FileId>>,
+    uploading: Mutex<HashMap<FileId, Holder>>,
+}
+
+/// Who brings a file at the moment.
+#[derive(Clone, Debug)]
+struct Holder {
+    owner: String,
+    /// Cancelled when a newer upload of the same owner waits for this one to end.
+    give_up: CancellationToken,
+    /// Cancelled when it has ended.
+    ended: CancellationToken,
 }
 
 /// A finished file, mapped.
@@ -90,15 +101,16 @@ impl FileStore {
     /// Opens the store, making its directories (mode 0700), and forgets uploads that nobody went on with.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         make_dir(&root.join("uploads")).map_err(StoreError::Open)?;
-        forget_old_uploads(&root.join("uploads")).map_err(StoreError::Open)?;
         let inner = Inner {
             root: root.to_owned(),
             open: Mutex::default(),
             uploading: Mutex::default(),
         };
-        Ok(Self {
+        let store = Self {
             inner: Arc::new(inner),
-        })
+        };
+        store.forget_old_uploads().map_err(StoreError::Open)?;
+        Ok(store)
     }
 
     /// The file, or `None` if it is not here. Blocks on the disk.
@@ -184,18 +196,40 @@ impl FileStore {
         }
     }
 
+    /// Asks an upload of the file that the same owner has under way to end: its line may have died unnoticed. Gives what is
+    /// cancelled once it has ended; `None`: there is none.
+    pub fn take_over(&self, id: &FileId, owner: &str) -> Option<CancellationToken> {
+        let uploading = self.uploading();
+        let holder = uploading.get(id).filter(|holder| holder.owner == owner)?;
+        holder.give_up.cancel();
+        Some(holder.ended.clone())
+    }
+
     /// Goes on with an upload at `offset`, which must be what [`Self::received`] says. One upload a file at a time.
-    pub fn upload(&self, id: FileId, size: u64, offset: u64) -> Result<Upload, StoreError> {
+    pub fn upload(
+        &self,
+        id: FileId,
+        size: u64,
+        offset: u64,
+        owner: &str,
+    ) -> Result<Upload, StoreError> {
         if !(1..=limits::FILE_BYTES).contains(&size) {
             return Err(StoreError::Size);
         }
-        if !self.uploading().insert(id) {
-            return Err(StoreError::UploadBusy);
-        }
+        let holder = Holder {
+            owner: owner.to_owned(),
+            give_up: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        };
+        match self.uploading().entry(id) {
+            Entry::Occupied(_) => return Err(StoreError::UploadBusy),
+            Entry::Vacant(place) => place.insert(holder.clone()),
+        };
         // From here on the guard gives the name free again.
         let claim = Claim {
             store: self.clone(),
             id,
+            holder,
         };
         let received = self.received(&id)?;
         if offset != received {
@@ -224,6 +258,34 @@ impl FileStore {
         })
     }
 
+    /// Forgets unfinished uploads that got no byte for [`limits::UPLOAD_KEPT`]. Blocks on the disk.
+    pub fn forget_old_uploads(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.inner.root.join("uploads"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let id = name.to_str().and_then(|name| name.parse::<FileId>().ok());
+            // Held until the file is gone: nobody begins with it meanwhile.
+            let uploading = self.uploading();
+            if id.is_some_and(|id| uploading.contains_key(&id)) {
+                continue;
+            }
+            let changed = match entry.metadata() {
+                Ok(found) => found.modified()?,
+                // Finished since the directory was read.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let age = SystemTime::now()
+                .duration_since(changed)
+                .unwrap_or_default();
+            if age > limits::UPLOAD_KEPT {
+                fs::remove_file(entry.path())?;
+                tracing::info!(file = ?name, "An unfinished upload got nothing for a week and was forgotten.");
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets an unfinished upload; none: nothing.
     pub fn discard(&self, id: &FileId) -> Result<(), StoreError> {
         match fs::remove_file(self.upload_path(id)) {
@@ -247,7 +309,7 @@ impl FileStore {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn uploading(&self) -> std::sync::MutexGuard<'_, HashSet<FileId>> {
+    fn uploading(&self) -> std::sync::MutexGuard<'_, HashMap<FileId, Holder>> {
         self.inner
             .uploading
             .lock()
@@ -280,6 +342,11 @@ impl Upload {
     /// Bytes held now.
     pub fn received(&self) -> u64 {
         self.received
+    }
+
+    /// Cancelled when a newer upload of the same owner wants to go on with it.
+    pub fn give_up(&self) -> CancellationToken {
+        self.claim.holder.give_up.clone()
     }
 
     /// Hashes what was uploaded, syncs it and gives it its name. Wrong bytes: the upload is discarded. Blocks on the disk.
@@ -341,11 +408,13 @@ impl Upload {
 struct Claim {
     store: FileStore,
     id: FileId,
+    holder: Holder,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         self.store.uploading().remove(&self.id);
+        self.holder.ended.cancel();
     }
 }
 
@@ -370,23 +439,10 @@ fn make_dir(path: &Path) -> io::Result<()> {
         .create(path)
 }
 
-fn forget_old_uploads(uploads: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(uploads)? {
-        let entry = entry?;
-        let changed = entry.metadata()?.modified()?;
-        let age = SystemTime::now()
-            .duration_since(changed)
-            .unwrap_or_default();
-        if age > limits::UPLOAD_KEPT {
-            tracing::info!(file = ?entry.file_name(), "An unfinished upload of last week was forgotten.");
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, FileStore) {
@@ -402,7 +458,7 @@ mod tests {
     }
 
     fn put(store: &FileStore, content: &[u8], id: FileId) -> Result<Outline, StoreError> {
-        let mut upload = store.upload(id, content.len() as u64, 0)?;
+        let mut upload = store.upload(id, content.len() as u64, 0, "op")?;
         upload.append(content)?;
         upload.finish()
     }
@@ -411,22 +467,22 @@ mod tests {
     fn an_upload_is_resumed_where_it_was_cut_off_and_then_served() {
         let (_dir, store) = store();
         let (content, id) = image(200_000);
-        let mut first = store.upload(id, 200_000, 0).unwrap();
+        let mut first = store.upload(id, 200_000, 0, "op").unwrap();
         first.append(&content[..70_000]).unwrap();
         assert!(matches!(
-            store.upload(id, 200_000, 0),
+            store.upload(id, 200_000, 0, "op"),
             Err(StoreError::UploadBusy)
         ));
         drop(first);
         assert!(matches!(
-            store.upload(id, 200_000, 0),
+            store.upload(id, 200_000, 0, "op"),
             Err(StoreError::WrongOffset {
                 received: 70_000,
                 ..
             })
         ));
         let mut second = store
-            .upload(id, 200_000, store.received(&id).unwrap())
+            .upload(id, 200_000, store.received(&id).unwrap(), "op")
             .unwrap();
         second.append(&content[70_000..]).unwrap();
         second.finish().unwrap();
@@ -446,6 +502,50 @@ mod tests {
     }
 
     #[test]
+    fn only_its_own_operator_takes_an_upload_over() {
+        let (_dir, store) = store();
+        let (content, id) = image(1_000);
+        assert!(store.take_over(&id, "op").is_none(), "there is none");
+        let mut first = store.upload(id, 1_000, 0, "op").unwrap();
+        first.append(&content[..400]).unwrap();
+        assert!(store.take_over(&id, "somebody else").is_none());
+        assert!(!first.give_up().is_cancelled());
+        let ended = store.take_over(&id, "op").unwrap();
+        assert!(first.give_up().is_cancelled() && !ended.is_cancelled());
+        drop(first);
+        assert!(ended.is_cancelled());
+        let second = store.upload(id, 1_000, 400, "op").unwrap();
+        assert!(!second.give_up().is_cancelled());
+    }
+
+    #[test]
+    fn uploads_that_nobody_goes_on_with_are_forgotten_while_the_store_is_open() {
+        let (_dir, store) = store();
+        let ids = [b"old", b"now", b"new"].map(|name| FileId::of(name));
+        let [old, now, new] = ids;
+        for id in ids {
+            store
+                .upload(id, 10, 0, "op")
+                .unwrap()
+                .append(b"12345")
+                .unwrap();
+        }
+        let under_way = store.upload(now, 10, 5, "op").unwrap();
+        let long_ago = SystemTime::now() - limits::UPLOAD_KEPT - Duration::from_secs(60);
+        for id in [old, now] {
+            let file = File::options().write(true).open(store.upload_path(&id));
+            file.unwrap().set_modified(long_ago).unwrap();
+        }
+        store.forget_old_uploads().unwrap();
+        let held = ids.map(|id| store.received(&id).unwrap());
+        assert_eq!(held, [0, 5, 5]);
+        drop(under_way);
+        store.forget_old_uploads().unwrap();
+        assert_eq!(store.received(&now).unwrap(), 0);
+        assert_eq!(store.received(&new).unwrap(), 5);
+    }
+
+    #[test]
     fn wrong_bytes_are_discarded_and_never_get_the_name() {
         let (_dir, store) = store();
         let (mut content, id) = image(100_000);
@@ -462,18 +562,21 @@ mod tests {
     fn an_upload_longer_or_shorter_than_announced_is_refused() {
         let (_dir, store) = store();
         let (content, id) = image(1_000);
-        let mut upload = store.upload(id, 999, 0).unwrap();
+        let mut upload = store.upload(id, 999, 0, "op").unwrap();
         assert!(matches!(
             upload.append(&content),
             Err(StoreError::TooLong { size: 999 })
         ));
         drop(upload);
-        let upload = store.upload(id, 1_000, 0).unwrap();
+        let upload = store.upload(id, 1_000, 0, "op").unwrap();
         assert!(matches!(
             upload.finish(),
             Err(StoreError::TooShort { received: 0, .. })
         ));
-        assert!(matches!(store.upload(id, 0, 0), Err(StoreError::Size)));
+        assert!(matches!(
+            store.upload(id, 0, 0, "op"),
+            Err(StoreError::Size)
+        ));
     }
 
     #[test]

@@ -277,7 +277,7 @@ async fn clogged_relay(server: SocketAddr, bytes: u64) -> (SocketAddr, JoinHandl
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_upload_that_was_killed_goes_on_where_it_stopped() {
+async fn an_upload_whose_line_died_unnoticed_goes_on_at_once_where_it_stopped() {
     let site = Site::started();
     let size = 8 << 20;
     let image = site.image("fw.img", size, 3);
@@ -336,7 +336,7 @@ async fn an_upload_that_was_killed_goes_on_where_it_stopped() {
     .await;
     killed.signal(Signal::KILL);
     killed.wait();
-    relay.abort();
+    // The server does not know yet: for it the line is open, and the upload under way.
     fs::write(&config, text).unwrap();
 
     let sent = |metrics: String| {
@@ -348,6 +348,7 @@ async fn an_upload_that_was_killed_goes_on_where_it_stopped() {
             .unwrap_or(0)
     };
     let done = run(site.fwpush_raw(&args)).ok();
+    relay.abort();
     let (all, rest) = (sent(site.metrics_text()), size as u64);
     assert!(
         all <= rest + (1 << 20),
@@ -363,6 +364,63 @@ async fn an_upload_that_was_killed_goes_on_where_it_stopped() {
         fs::read(stored).unwrap() == fs::read(&image).unwrap(),
         "the server's copy is another"
     );
+}
+
+#[test]
+fn a_release_command_that_was_cut_off_goes_on_when_it_is_repeated() {
+    let site = Site::started();
+    let image = site.image("fw.img", 100_000, 5);
+    let release = |image: &PathBuf, more: &[&str]| {
+        let more = [&["--to", "dev-1", "--detach", "--json"], more].concat();
+        site.release_with(image, "1.1.0", &more)
+    };
+    let count = |what: &str| {
+        let list = site.fwpush(&[what, "list", "--json"]).ok().json();
+        list[format!("{what}s")].as_array().unwrap().len()
+    };
+    // Published, and then it ends: there is no such device yet.
+    expect_failure(&release(&image, &[]), "no rollout was started");
+    assert_eq!((count("release"), count("rollout")), (1, 0));
+    site.add_device("dev-1");
+    let first = release(&image, &[]).ok();
+    assert!(first.stderr.contains("published already"), "{first:?}");
+    // Cut off later: neither a release nor a rollout is made twice.
+    let again = release(&image, &[]).ok();
+    assert!(again.stderr.contains("was started before"), "{again:?}");
+    for id in ["release_id", "rollout_id"] {
+        assert_eq!(text(&first.json(), id), text(&again.json(), id), "{id}");
+    }
+    assert_eq!((count("release"), count("rollout")), (1, 1));
+
+    // It is not the same command with another image, or where it says something else of it.
+    let other = site.image("other.img", 100_000, 6);
+    expect_failure(&release(&other, &[]), "with other content");
+    for more in [
+        ["--from-min", "1.0.0"],
+        ["--seq", "7"],
+        ["--security-counter", "7"],
+        ["--expires", "30d"],
+        ["--class", "security"],
+    ] {
+        expect_failure(&release(&image, &more), "with other content");
+    }
+    assert_eq!((count("release"), count("rollout")), (1, 1));
+
+    // A rollout that an operator stopped does not go on by itself.
+    let id = text(&first.json(), "rollout_id").to_owned();
+    site.fwpush(&["rollout", "abort", &id, "--yes"]).ok();
+    let refused = release(&image, &[]);
+    expect_failure(&refused, "is aborted");
+    assert!(
+        refused.stderr.contains("fwpush rollout start"),
+        "{refused:?}"
+    );
+    assert_eq!(count("rollout"), 1);
+    // To other devices it is another rollout.
+    site.add_device("dev-2");
+    site.release_with(&image, "1.1.0", &["--to", "dev-2", "--detach"])
+        .ok();
+    assert_eq!((count("release"), count("rollout")), (1, 2));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use fwpush_keys::id::{FileId, OperatorId};
 use fwpush_proto::v1;
+use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
 use super::{Admin, id};
@@ -58,16 +59,24 @@ pub async fn receive(
     operator: &OperatorId,
     mut chunks: Streaming<v1::UploadChunk>,
 ) -> Result<v1::UploadStatus, Status> {
-    let place = admin.uploads.clone().try_acquire_owned();
-    let _place =
-        place.map_err(|_| Status::resource_exhausted("too many uploads now; try again later"))?;
-    let first = chunks
-        .message()
-        .await?
+    let first = timeout(limits::REGISTER_TIME, chunks.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no chunk within 10 s"))??
         .ok_or_else(|| Status::invalid_argument("no chunk came"))?;
     let file: FileId = id("file_id", &first.file_id)?;
+    let owner = operator.to_string();
+    // The line of an older upload may have died unnoticed; its operator is back.
+    if let Some(ended) = admin.store.take_over(&file, &owner) {
+        // If it has not ended by then, the store says so.
+        let _ = timeout(limits::UPLOAD_WAIT, ended.cancelled()).await;
+    }
+    let place = timeout(limits::UPLOAD_WAIT, admin.uploads.clone().acquire_owned());
+    let Ok(Ok(_place)) = place.await else {
+        return Err(map::try_later("too many uploads now"));
+    };
     let (size, offset, store) = (first.size, first.offset, admin.store.clone());
-    let mut upload = on_disk(move || store.upload(file, size, offset)).await?;
+    let mut upload = on_disk(move || store.upload(file, size, offset, &owner)).await?;
+    let give_up = upload.give_up();
     let mut next = Some(first);
     while let Some(chunk) = next {
         if chunk.content.len() > limits::UPLOAD_CHUNK_BYTES {
@@ -90,7 +99,13 @@ pub async fn receive(
             () = admin.stop.cancelled() => {
                 return Err(Status::unavailable("the server is stopping; go on with the upload later"));
             }
-            message = chunks.message() => message?,
+            () = give_up.cancelled() => {
+                return Err(Status::already_exists("a newer upload of this file by the same operator took over"));
+            }
+            message = timeout(limits::UPLOAD_STALL, chunks.message()) => {
+                let stalled = |_| Status::deadline_exceeded("nothing came for 60 s; go on with the upload later");
+                message.map_err(stalled)??
+            }
         };
     }
     on_disk(move || upload.finish()).await?;
