@@ -125,6 +125,7 @@ async fn start(context: &Context, args: &RolloutStart) -> Result<()> {
     let consent = Consent::before(args.yes, args.dry_run)?;
     let mut client = context.client().await?;
     let start = Start {
+        rollout_id: RolloutId::new_v7(Timestamp::now()),
         release_id: args.release,
         target: args.to.clone(),
         action: if args.rollback {
@@ -205,6 +206,8 @@ impl Consent {
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct Start {
+    /// Nothing starts twice under it.
+    pub rollout_id: RolloutId,
     pub release_id: ReleaseId,
     pub target: Target,
     pub action: Action,
@@ -230,6 +233,21 @@ async fn preview(client: &Client, start: &Start) -> Result<RolloutPreview> {
             admin.preview_rollout(request).await
         })
         .await
+}
+
+/// The rollout with this id; `None` where there is none.
+pub async fn find(client: &Client, id: &RolloutId) -> Result<Option<Rollout>> {
+    let request = GetRolloutRequest {
+        rollout_id: id.to_string(),
+    };
+    let found = client
+        .try_call(async |admin| admin.get_rollout(request).await)
+        .await;
+    match found {
+        Ok(rollout) => Ok(Some(rollout)),
+        Err(status) if status.code() == tonic::Code::NotFound => Ok(None),
+        Err(status) => Err(client.refused("look for the rollout", &status)),
+    }
 }
 
 /// Shows whom the rollout would reach, asks where it must, and starts it. `starting` runs right before.
@@ -267,7 +285,7 @@ pub async fn begin(
         }
     }
     starting();
-    let request = start.request(RolloutId::new_v7(Timestamp::now()).to_string());
+    let request = start.request(start.rollout_id.to_string());
     // It carries its own id, so that nothing starts twice.
     client
         .call_again("start the rollout", async |admin| {
@@ -326,6 +344,7 @@ mod tests {
     fn start(target: Target) -> Start {
         let release_id = ReleaseId::new_v7(Timestamp::from_ms(0));
         Start {
+            rollout_id: RolloutId::new_v7(Timestamp::from_ms(0)),
             release_id,
             target,
             action: Action::Install,

@@ -41,6 +41,7 @@ pub fn release(row: &ReleaseRow) -> v1::Release {
                 rev_max: hw.rev_max,
             })
             .collect(),
+        envelope: bytes::Bytes::from_owner(std::sync::Arc::clone(&row.envelope)),
     }
 }
 
