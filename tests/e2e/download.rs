@@ -628,3 +628,49 @@ async fn a_download_that_is_dropped_gives_its_place_back() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stored_file_that_is_cut_short_ends_its_downloads_and_not_the_server() {
+    let mut scene = Scene::new(32 << 20).await;
+    let other = scene.site.image("other.img", 3 << 20, 12);
+    let other_id = scene.site.publish(&other, PRODUCT, "1.2.0").file_id;
+    let mut client = FileServiceClient::new(scene.channel.clone());
+    let request = scene.request();
+    let mut pulled = client.download_file(request).await.unwrap().into_inner();
+    pulled.message().await.unwrap().unwrap();
+    // The server waits for this client with a part of the file in hand.
+    let stored = fs::File::options().write(true).open(scene.stored());
+    stored.unwrap().set_len(0).unwrap();
+    let lost = loop {
+        match pulled.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the download ended as if it were whole"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(lost.code(), Code::DataLoss, "{lost}");
+    let line = scene.site.server().line_with("the stored file is damaged");
+    assert!(line.contains(&scene.release.file_id), "{line}");
+
+    let (code, _) = scene.refusal(scene.request()).await;
+    assert_eq!(code, Code::DataLoss, "nothing of it is given any more");
+    let request = FileRequest {
+        file_id: other_id,
+        ..Default::default()
+    };
+    let chunks = download(scene.channel.clone(), request).await.unwrap();
+    assert!(content(&chunks) == fs::read(other).unwrap());
+
+    // Publishing it again, with its image, makes it good.
+    let manifest = scene.site.temp().join(format!("{PRODUCT}-1.1.0.json"));
+    let image = scene.site.temp().join("image.img");
+    let publish = ["release", "publish", manifest.to_str().unwrap(), "--image"];
+    scene
+        .site
+        .fwpush(&[&publish[..], &[image.to_str().unwrap()]].concat())
+        .ok();
+    let chunks = download(scene.channel.clone(), scene.request())
+        .await
+        .unwrap();
+    assert!(content(&chunks) == scene.image);
+}
