@@ -9,7 +9,7 @@ use tonic::Status;
 
 use crate::{
     db::{DbError, RunningImage},
-    desired::Facts,
+    desired::{Facts, facts},
     ingest::{Decision, ReportError, ReportKind},
     limits,
     rollout::Phase,
@@ -129,22 +129,9 @@ fn is_the_servers(phase: v1::Phase) -> bool {
     )
 }
 
-/// The image that a device runs.
+/// The image that a device runs, held to what a registration is held to.
 fn running(image: v1::RunningImage) -> Result<RunningImage, Status> {
-    let release_id = match image.release_id.as_str() {
-        "" => None,
-        id => Some(
-            id.parse()
-                .map_err(|_| Status::invalid_argument("a release_id is not a UUID"))?,
-        ),
-    };
-    Ok(RunningImage {
-        release_id,
-        version: cut(&image.version),
-        security_counter: count(image.security_counter)?,
-        slot: cut(&image.slot),
-        confirmed: image.confirmed,
-    })
+    facts::running("current", &image).map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
 fn numbered(seq: u64, boot_count: u64, generation: u64, kind: ReportKind) -> Result<Said, Status> {
@@ -207,6 +194,33 @@ mod tests {
         assert_eq!(cut("a\u{1b}[31m\nb"), "a [31m b");
         let long = "ä".repeat(limits::TEXT_BYTES);
         assert!(cut(&long).len() <= limits::TEXT_BYTES);
+    }
+
+    #[test]
+    fn what_a_report_says_of_the_running_image_is_held_to_the_bounds_of_a_registration() {
+        let ended = |version: &str, slot: &str| {
+            report(v1::UpdateReport {
+                seq: 1,
+                phase: v1::Phase::Succeeded.into(),
+                current: Some(v1::RunningImage {
+                    version: version.to_owned(),
+                    slot: slot.to_owned(),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            })
+        };
+        assert!(ended("1.1.0", "b").is_ok());
+        let long = format!("1.1.0+{}", "x".repeat(limits::VERSION_BYTES));
+        for (version, slot) in [
+            ("1.1.0", "c"),
+            ("newest", "b"),
+            ("1.1.0\n", "b"),
+            (&long, "b"),
+        ] {
+            let refused = ended(version, slot).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::InvalidArgument, "{refused}");
+        }
     }
 
     #[test]
