@@ -7,6 +7,7 @@ use fwpush_keys::{
     pki::{Ca, PkiError},
     tls,
 };
+use tokio::sync::Mutex;
 
 use crate::{
     access::Access,
@@ -74,6 +75,8 @@ struct Inner {
     sessions: Sessions,
     ca: Ca,
     trust_domain: TrustDomain,
+    /// Held over the commit of who is blocked and what is kept of it in memory, so that both have the same order.
+    blocking: Mutex<()>,
 }
 
 impl Devices {
@@ -91,6 +94,7 @@ impl Devices {
                 sessions,
                 ca,
                 trust_domain,
+                blocking: Mutex::new(()),
             }),
         }
     }
@@ -169,11 +173,13 @@ impl Devices {
         operator: &str,
     ) -> Result<DeviceRecord, DeviceError> {
         self.get(device).await?;
+        let order = self.inner.blocking.lock().await;
         self.inner
             .db
             .set_blocked(device, true, reason, operator)
             .await?;
         self.inner.access.block(device);
+        drop(order);
         self.end_streams(device).await;
         tracing::info!(device.id = %device, operator, "A device was blocked.");
         self.get(device).await
@@ -185,19 +191,23 @@ impl Devices {
         operator: &str,
     ) -> Result<DeviceRecord, DeviceError> {
         self.get(device).await?;
+        let order = self.inner.blocking.lock().await;
         self.inner
             .db
             .set_blocked(device, false, "", operator)
             .await?;
         self.inner.access.unblock(device);
+        drop(order);
         self.get(device).await
     }
 
     /// Forgets the record; the certificate is worth nothing without it.
     pub async fn remove(&self, device: &DeviceId, operator: &str) -> Result<(), DeviceError> {
         self.get(device).await?;
+        let order = self.inner.blocking.lock().await;
         self.inner.db.remove_device(device, operator).await?;
         self.inner.access.unblock(device);
+        drop(order);
         self.end_streams(device).await;
         tracing::info!(device.id = %device, operator, "A device was removed.");
         Ok(())
