@@ -43,9 +43,8 @@ use crate::{
     trust::{LoadError, TrustDocs},
 };
 
-/// How often live devices' `last_seen` is looked at, and how often one of them is written at most.
+/// How often live devices' `last_seen` is looked at.
 const SEEN_ROUND: std::time::Duration = std::time::Duration::from_secs(60);
-const SEEN_EVERY: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// Why a server does not start; the words say what to look at.
 #[derive(Debug, thiserror::Error)]
@@ -143,7 +142,7 @@ impl Server {
             devices: Arc::new(ArcSwap::from_pointee(devices_tls)),
             operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
         };
-        let ingest = Ingest::start(db.clone(), engine_stop.clone());
+        let ingest = Ingest::start(db.clone(), sessions.clone(), engine_stop.clone());
         let driver = driver::start(
             db.clone(),
             sessions.clone(),
@@ -451,7 +450,7 @@ async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = round.tick() => {}
         }
-        let seen = sessions.take_unflushed(db.now(), SEEN_EVERY);
+        let seen = sessions.take_unflushed(db.now(), limits::LAST_SEEN);
         for batch in seen.chunks(limits::SEEN_BATCH) {
             if let Err(error) = db.flush_last_seen(batch).await {
                 tracing::warn!(

@@ -21,7 +21,7 @@ use crate::{
     config::Tunables,
     db::{Db, DeviceRecord},
     desired::{self, Desired, DesiredAction},
-    ingest::{DeviceReport, Ingest, ReportKind},
+    ingest::{DeviceReport, Ingest},
     limits, metrics as m,
     session::{Closing, Session, Sessions},
     trust::TrustDocs,
@@ -320,14 +320,6 @@ impl Stream<'_> {
 
     /// A report over the bound is dropped unacknowledged: the device sends it again.
     fn report(&mut self, said: Said) -> Result<(), End> {
-        let updated_to = match &said.kind {
-            ReportKind::Phase {
-                phase,
-                current: Some(current),
-                ..
-            } if phase.is_success() => Some(current.version.clone()),
-            _ => None,
-        };
         let report = DeviceReport {
             device: self.device.clone(),
             state_id: self.state_id.clone(),
@@ -343,10 +335,6 @@ impl Stream<'_> {
             .is_err()
         {
             metrics::counter!(m::REPORTS_DROPPED).increment(1);
-        } else if let Some(version) = updated_to {
-            self.context
-                .sessions
-                .announce_update(self.device, &self.record.product, &version);
         }
         Ok(())
     }

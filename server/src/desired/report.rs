@@ -197,6 +197,7 @@ impl DeviceState {
             return;
         }
         (row.bytes_done, row.bytes_total) = (release.image_size, release.image_size);
+        self.updated_to = Some(current.version.clone());
         self.runs(current);
         self.end(Phase::Succeeded, None, now);
     }

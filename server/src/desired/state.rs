@@ -137,6 +137,8 @@ pub(crate) struct DeviceState {
     /// Columns of what it should do changed.
     pub desired_changed: bool,
     pub joins: Joins,
+    /// The version that the device has reported to run after an update, which this ended.
+    pub updated_to: Option<String>,
 }
 
 /// Which rollouts a device without an open update may join now.
@@ -161,6 +163,7 @@ impl DeviceState {
             facts_changed: false,
             desired_changed: false,
             joins: Joins::None,
+            updated_to: None,
         }
     }
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use fwpush_keys::id::DeviceId;
+use fwpush_keys::id::{DeviceId, Product};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +15,7 @@ use crate::{
     db::{Db, DbError, engine::On, states},
     desired::{join, state::DeviceState},
     limits,
+    session::Sessions,
 };
 
 /// Commits group after group until `stop`, then what is left.
@@ -53,7 +54,7 @@ async fn commit(ingest: &Ingest, group: Vec<Item>, stop: &CancellationToken) {
     let mut pause = limits::RETRY_MIN;
     let mut give_up = None;
     while let Some(mut group) = groups.pop() {
-        let Err(error) = commit_once(ingest.db(), &group).await else {
+        let Err(error) = commit_once(ingest.db(), ingest.sessions(), &group).await else {
             registered(group);
             pause = limits::RETRY_MIN;
             continue;
@@ -114,7 +115,7 @@ fn registered(group: Vec<Item>) {
 }
 
 /// One transaction for the whole group; the acknowledgements follow its commit.
-async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
+async fn commit_once(db: &Db, sessions: &Sessions, group: &[Item]) -> Result<(), DbError> {
     let devices: BTreeSet<&DeviceId> = group.iter().map(Item::device).collect();
     let devices: Vec<DeviceId> = devices.into_iter().cloned().collect();
     let mut tx = db.begin().await?;
@@ -145,9 +146,13 @@ async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
     }
     join::join(db, &mut tx, &mut states).await?;
     let acks = acks(group, &places, &states);
+    let updated: Vec<_> = states.iter().filter_map(updated).collect();
     let saved = states::save(&mut tx, states).await?;
     tx.commit().await?;
     saved.nudge(db);
+    for (device, product, version) in updated {
+        sessions.announce_update(&device, &product, &version);
+    }
     for (sink, acked) in acks {
         sink.send_modify(|held| {
             let upto_seq = held.map_or(acked.upto_seq, |held| held.upto_seq.max(acked.upto_seq));
@@ -158,6 +163,12 @@ async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
         });
     }
     Ok(())
+}
+
+/// Who may be told about when the commit is done: device, product and new version.
+fn updated(state: &DeviceState) -> Option<(DeviceId, Product, String)> {
+    let (record, version) = (&state.record, state.updated_to.clone()?);
+    Some((record.client_id.clone(), record.product.clone(), version))
 }
 
 /// What each stream of the group may forget.
@@ -194,8 +205,14 @@ fn acks(
 pub(crate) mod testing {
     use tokio::sync::oneshot;
 
-    use super::{AckSink, Db, DbError, DeviceId, Item, commit_once};
+    use fwpush_keys::time::Timestamp;
+
+    use super::{AckSink, Db, DbError, DeviceId, Item, Sessions};
     use crate::{desired::Facts, ingest::DeviceReport};
+
+    async fn commit_once(db: &Db, group: &[Item]) -> Result<(), DbError> {
+        super::commit_once(db, &Sessions::new(Timestamp::EPOCH), group).await
+    }
 
     pub(crate) async fn report(
         db: &Db,

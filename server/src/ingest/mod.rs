@@ -20,6 +20,7 @@ use crate::{
     desired::Facts,
     limits,
     rollout::Phase,
+    session::Sessions,
 };
 use queue::{Item, Queue};
 
@@ -114,16 +115,20 @@ pub struct Ingest {
 #[derive(Debug)]
 struct Inner {
     db: Db,
+    sessions: Sessions,
     queue: Queue,
     tasks: TaskTracker,
 }
 
 impl Ingest {
     /// Starts the committing task. After `stop` it commits what is queued, within [`limits::FLUSH_TIME`], and ends.
-    pub fn start(db: Db, stop: CancellationToken) -> Self {
+    ///
+    /// Those of `sessions` who may hear of it are told of each update that succeeded.
+    pub fn start(db: Db, sessions: Sessions, stop: CancellationToken) -> Self {
         let ingest = Self {
             inner: Arc::new(Inner {
                 db,
+                sessions,
                 queue: Queue::default(),
                 tasks: TaskTracker::new(),
             }),
@@ -184,6 +189,10 @@ impl Ingest {
 
     pub(crate) fn db(&self) -> &Db {
         &self.inner.db
+    }
+
+    fn sessions(&self) -> &Sessions {
+        &self.inner.sessions
     }
 
     fn queue(&self) -> &Queue {

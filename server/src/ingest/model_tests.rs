@@ -395,7 +395,11 @@ async fn a_group_of_reports_comes_to_the_same_as_one_after_the_other() {
             succeeded(&release),
         ];
         let stop = CancellationToken::new();
-        let ingest = Ingest::start(bench.db.clone(), stop.clone());
+        let ingest = Ingest::start(
+            bench.db.clone(),
+            Sessions::new(bench.db.now()),
+            stop.clone(),
+        );
         let ack = crate::db::testing::sink();
         for (seq, kind) in (1..).zip(kinds) {
             for name in DEVICES {

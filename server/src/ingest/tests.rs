@@ -18,8 +18,63 @@ async fn acked(ack: &AckSink, seq: u64) -> Acked {
 }
 
 fn start(bench: &Bench) -> (Ingest, CancellationToken) {
+    start_with(bench, Sessions::new(bench.db.now()))
+}
+
+fn start_with(bench: &Bench, sessions: Sessions) -> (Ingest, CancellationToken) {
     let stop = CancellationToken::new();
-    (Ingest::start(bench.db.clone(), stop.clone()), stop)
+    let ingest = Ingest::start(bench.db.clone(), sessions, stop.clone());
+    (ingest, stop)
+}
+
+#[tokio::test]
+async fn an_update_is_told_of_once_it_counts_and_only_once() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "listener"]).await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    bench.register("a", facts("1.0.0")).await;
+    let sessions = Sessions::new(bench.db.now());
+    let product = "gateway".parse().unwrap();
+    let hears = vec!["a".to_owned()];
+    let mut listener = sessions.claim(&id("listener"), &product, None, hears);
+    let (ingest, stop) = start_with(&bench, sessions);
+    let success = |current| ReportKind::Phase {
+        attempt: 1,
+        phase: Phase::Succeeded,
+        bytes_done: 0,
+        bytes_total: 0,
+        error: None,
+        current: Some(current),
+    };
+    let other = running(&crate::db::testing::release(
+        "9.9.9",
+        9,
+        release.file_id,
+        bench.db.now(),
+    ));
+    let ack = sink();
+    // A success of something else, of another generation, then the real one, and that again.
+    for (seq, generation, current, heard) in [
+        (1, 1, other, 0),
+        (2, 7, running(&release), 0),
+        (3, 1, running(&release), 1),
+        (3, 1, running(&release), 0),
+        (4, 1, running(&release), 0),
+    ] {
+        ingest
+            .submit(report("a", generation, seq, success(current)), &ack)
+            .unwrap();
+        acked(&ack, seq).await;
+        let events = std::iter::from_fn(|| listener.control.try_recv().ok());
+        assert_eq!(
+            events.count(),
+            heard,
+            "seq {seq} of generation {generation}"
+        );
+    }
+    assert_eq!(bench.phase(&rollout, "a").await, Some(Phase::Succeeded));
+    stop.cancel();
+    ingest.stopped().await;
 }
 
 #[tokio::test]

@@ -4,8 +4,8 @@ use std::{fs, time::Instant};
 
 use bytes::Bytes;
 use fwpush_proto::v1::{
-    ClientMessage, EventType, FileRequest, PublishTrustRequest, RunningImage, SendTextRequest,
-    SetDeviceEventsRequest, TrustState, TrustUpdate, UpdateError, UpdateReport,
+    ClientMessage, EventType, FileRequest, Phase, PublishTrustRequest, RunningImage,
+    SendTextRequest, SetDeviceEventsRequest, TrustState, TrustUpdate, UpdateError, UpdateReport,
     client_message::Kind as FromDevice, file_service_client::FileServiceClient,
     server_message::Kind as ToDevice,
 };
@@ -154,25 +154,51 @@ async fn presence_is_heard_only_where_an_operator_allowed_it() {
         heard(stream, id).await;
     }
 
-    let (stream, _) = Stream::register(site.connect("dev-1").await, "dev-1")
+    let image = site.image("image.img", 1_000, 1);
+    let release_id = site.publish(&image, PRODUCT, "1.2.3").release_id;
+    let start = ["rollout", "start", "--release", &release_id];
+    site.fwpush(&[&start[..], &["--to", "dev-1", "--yes", "--detach"]].concat())
+        .ok();
+    let (mut stream, _) = Stream::register(site.connect("dev-1").await, "dev-1")
         .await
         .unwrap();
     expect_event(&mut listeners, EventType::Online, "").await;
-    let current = RunningImage {
-        version: "1.2.3".into(),
-        slot: "b".into(),
-        confirmed: true,
-        ..Default::default()
+    let offered = stream.wait_for(|message| match message {
+        ToDevice::FileNotice(notice) => Some(notice.generation),
+        _ => None,
+    });
+    let generation = offered.await.unwrap();
+    let success = |seq, generation, release_id: &str| {
+        FromDevice::Report(UpdateReport {
+            seq,
+            boot_count: 1,
+            generation,
+            phase: Phase::Succeeded.into(),
+            current: Some(RunningImage {
+                release_id: release_id.into(),
+                version: "1.2.3".into(),
+                slot: "b".into(),
+                confirmed: true,
+                ..Default::default()
+            }),
+            ..Default::default()
+        })
     };
-    // SUCCEEDED, of whatever update.
-    let report = UpdateReport {
-        seq: 1,
-        boot_count: 1,
-        phase: 10,
-        current: Some(current),
-        ..Default::default()
-    };
-    stream.say(FromDevice::Report(report)).await;
+    // Only a success that counts is told, and only once.
+    for report in [
+        success(1, generation + 1, &release_id),
+        success(2, generation, ""),
+        success(3, generation, &release_id),
+        success(3, generation, &release_id),
+        success(4, generation, &release_id),
+    ] {
+        stream.say(report).await;
+    }
+    let committed = stream.wait_for(|message| match message {
+        ToDevice::ReportAck(ack) if ack.upto_seq == 4 => Some(()),
+        _ => None,
+    });
+    committed.await.unwrap();
     expect_event(&mut listeners, EventType::Update, "1.2.3").await;
     drop(stream);
     expect_event(&mut listeners, EventType::Offline, "").await;
