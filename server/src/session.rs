@@ -67,7 +67,7 @@ struct Inner {
 struct State {
     live: HashMap<DeviceId, Entry>,
     /// The last session of devices that left, so that their return is a resumption.
-    left: HashMap<DeviceId, String>,
+    left: HashMap<DeviceId, Left>,
     /// Who hears of a device, and who hears of every device of a product.
     hears_device: HashMap<DeviceId, HashSet<DeviceId>>,
     hears_product: HashMap<Product, HashSet<DeviceId>>,
@@ -84,6 +84,13 @@ struct Entry {
     control: mpsc::Sender<ServerMessage>,
     closing: watch::Sender<Option<Closing>>,
     /// When `last_seen` was last handed to the database.
+    seen_flushed: Option<Timestamp>,
+}
+
+/// What is kept of a session that ended.
+#[derive(Debug)]
+struct Left {
+    session_id: String,
     seen_flushed: Option<Timestamp>,
 }
 
@@ -127,6 +134,8 @@ impl Sessions {
         if state.draining {
             closing_tx.send_replace(Some(Closing::Draining));
         }
+        let left = state.left.remove(device);
+        let flushed = state.live.get(device).and_then(|old| old.seen_flushed);
         let entry = Entry {
             session_id: id.clone(),
             epoch,
@@ -135,11 +144,12 @@ impl Sessions {
             desired: desired_tx,
             control: control_tx,
             closing: closing_tx,
-            seen_flushed: None,
+            // A device that comes and goes is written no more often than one that stays.
+            seen_flushed: flushed.or(left.as_ref().and_then(|left| left.seen_flushed)),
         };
-        let left = state.left.remove(device);
         let old = state.insert(device, entry);
-        let known = old.as_ref().map(|old| old.session_id.clone()).or(left);
+        let known = old.as_ref().map(|old| old.session_id.clone());
+        let known = known.or(left.map(|left| left.session_id));
         if let Some(old) = &old {
             old.closing.send_replace(Some(Closing::Replaced));
         }
@@ -287,7 +297,11 @@ impl Sessions {
                 state.left.clear();
             }
             state.announce(device, &entry.product, EventType::Offline, "");
-            state.left.insert(device.clone(), entry.session_id);
+            let left = Left {
+                session_id: entry.session_id,
+                seen_flushed: entry.seen_flushed,
+            };
+            state.left.insert(device.clone(), left);
         }
         metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);
     }
@@ -434,6 +448,22 @@ mod tests {
             PushOutcome::StaleEpoch
         );
         assert_eq!(sessions.push(&id("b"), text(), 0), PushOutcome::NotHere);
+    }
+
+    #[test]
+    fn a_device_that_comes_and_goes_is_written_no_more_often_than_one_that_stays() {
+        let sessions = sessions();
+        let seen = |now| sessions.take_unflushed(Timestamp::from_ms(now), limits::LAST_SEEN);
+        let every = limits::LAST_SEEN.as_millis() as i64;
+        let first = claim(&sessions, "a", None, &[]);
+        assert_eq!(seen(1_000).len(), 1);
+        drop(first);
+        let back = claim(&sessions, "a", None, &[]);
+        assert_eq!(seen(2_000), [], "left and came back");
+        let taken_over = claim(&sessions, "a", None, &[]);
+        assert_eq!(seen(3_000), [], "took its own session over");
+        assert_eq!(seen(1_000 + every).len(), 1);
+        drop((back, taken_over));
     }
 
     #[test]
