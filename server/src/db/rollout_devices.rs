@@ -384,21 +384,12 @@ pub(super) async fn due(
 /// Takes away one commit's worth of ended rows, older than `before`, of rollouts that no device can join any more. Their
 /// counters stay.
 pub(crate) async fn prune(tx: &mut Tx, before: Timestamp) -> Result<u64, DbError> {
-    const OLD: &str = "SELECT rollout_id FROM rollouts WHERE driven = 0 AND joinable = 0 AND updated_at_ms < $1 ORDER BY ordinal";
     const DELETE: &str = "DELETE FROM rollout_devices WHERE (rollout_id, device_id) IN (\
-        SELECT rollout_id, device_id FROM rollout_devices \
-        WHERE rollout_id = $1 AND phase >= 10 AND updated_at_ms < $2 ORDER BY device_id LIMIT $3)";
-    let mut left = limits::COMMIT_ROWS as u64;
-    for row in tx.rows("find old rollouts", OLD, params![before]).await? {
-        let rollout = row.text("rollout_id")?;
-        left -= tx
-            .execute("forget old updates", DELETE, params![rollout, before, left])
-            .await?;
-        if left == 0 {
-            break;
-        }
-    }
-    Ok(limits::COMMIT_ROWS as u64 - left)
+        SELECT x.rollout_id, x.device_id FROM rollouts AS r JOIN rollout_devices AS x ON x.rollout_id = r.rollout_id \
+        WHERE r.driven = 0 AND r.joinable = 0 AND r.updated_at_ms < $1 AND x.phase >= 10 AND x.updated_at_ms < $1 LIMIT $2)";
+    let most = limits::COMMIT_ROWS as u64;
+    tx.execute("forget old updates", DELETE, params![before, most])
+        .await
 }
 
 fn shown(row: &Row) -> Result<RolloutDeviceRow, DbError> {

@@ -293,6 +293,21 @@ pub(crate) async fn settle(tx: &mut Tx, id: &RolloutId) -> Result<(), DbError> {
         .map(|_| ())
 }
 
+/// Has the driver look again at settled rollouts that are open though their release has expired. Gives their number.
+pub(crate) async fn wake_expired(tx: &mut Tx) -> Result<u64, DbError> {
+    const WAKE: &str = "UPDATE rollouts SET driven = 1 WHERE driven = 0 AND state IN ($1, $2) AND release_id IN (\
+        SELECT release_id FROM releases WHERE expires_at_ms <= $3)";
+    let now = tx.now();
+    let [active, complete] =
+        [RolloutState::Active, RolloutState::Complete].map(RolloutState::as_i32);
+    tx.execute(
+        "find expired rollouts",
+        WAKE,
+        params![i64::from(active), i64::from(complete), now],
+    )
+    .await
+}
+
 /// Rollouts that the driver has to look at, oldest first, after the one with `ordinal`; at most a page.
 pub(crate) async fn driven(on: &mut On<'_>, after: u64) -> Result<Vec<(u64, RolloutId)>, DbError> {
     const DRIVEN: &str = "SELECT ordinal, rollout_id FROM rollouts WHERE driven = 1 AND ordinal > $1 ORDER BY ordinal LIMIT $2";
@@ -308,12 +323,14 @@ pub(crate) async fn driven(on: &mut On<'_>, after: u64) -> Result<Vec<(u64, Roll
         .collect()
 }
 
-/// Rollouts that changed at or after `since`, with their revisions.
+/// Rollouts that changed at or after `since`, with their revisions; also all that the driver has not settled since they changed,
+/// however long their commit took to be seen.
 pub(crate) async fn revs_since(
     on: &mut On<'_>,
     since: Timestamp,
 ) -> Result<Vec<(RolloutId, u64)>, DbError> {
-    const REVS: &str = "SELECT rollout_id, rev FROM rollouts WHERE updated_at_ms >= $1";
+    const REVS: &str = "SELECT rollout_id, rev FROM rollouts WHERE updated_at_ms >= $1 \
+        UNION SELECT rollout_id, rev FROM rollouts WHERE driven = 1";
     let rows = on.rows("read revisions", REVS, params![since]).await?;
     rows.iter()
         .map(|row| Ok((row.parse("rollout_id")?, row.u64("rev")?)))

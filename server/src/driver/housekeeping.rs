@@ -1,9 +1,9 @@
-//! Taking old history away, a bounded commit at a time.
+//! Taking old history away, a bounded commit at a time, and ending what nobody looks at any more.
 
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    db::{Db, DbError, prune_events, rollout_devices},
+    db::{Db, DbError, prune_events, rollout_devices, rollouts},
     limits,
 };
 
@@ -17,14 +17,20 @@ pub(super) async fn keep_house(db: Db, stop: CancellationToken) {
         if let Err(error) = clean_up(&db).await {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
-                "Old history stays a while longer."
+                "Expired rollouts and old history stay a while longer."
             );
         }
     }
 }
 
-/// Takes away everything older than [`limits::HISTORY`].
+/// Has expired rollouts ended, and takes away everything older than [`limits::HISTORY`].
 pub(super) async fn clean_up(db: &Db) -> Result<(), DbError> {
+    let mut tx = db.begin().await?;
+    let expired = rollouts::wake_expired(&mut tx).await?;
+    tx.commit().await?;
+    if expired > 0 {
+        db.nudges().committed(true, false);
+    }
     let before = db.now().saturating_sub(limits::HISTORY);
     let full = limits::COMMIT_ROWS as u64;
     loop {

@@ -4,6 +4,7 @@ use std::{cell::RefCell, time::Duration};
 
 use super::{follower::Follower, *};
 use crate::{
+    db::engine::plans::statements,
     db::testing::{Bench, accepted, facts, file_ack, id, succeeded},
     desired::DesiredAction,
     rollout::{Phase, RolloutState},
@@ -71,6 +72,76 @@ async fn the_follower_tells_connected_devices_each_change_once() {
     bench.db.advance_clock(limits::FOLLOW_MARGIN * 2);
     assert_eq!(offers(&mut follower).await, []);
     assert_eq!(bench.state(&before).await, RolloutState::Superseded);
+}
+
+#[tokio::test]
+async fn the_follower_sees_a_change_whose_commit_was_seen_late() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("a").await;
+    bench.roll_out("1.0.1").await;
+    let mut follower = Follower::new(bench.db.clone()).await.unwrap();
+    let release = bench.publish("1.1.0").await;
+    bench.start(&release, Target::All).await;
+    bench.drive().await;
+    // The machine slept between the stamp and the commit.
+    let mut tx = bench.db.begin().await.unwrap();
+    const LATE: &str = "UPDATE rollouts SET updated_at_ms = updated_at_ms - $1, driven = 1";
+    let hour = Duration::from_secs(3_600).as_millis() as u64;
+    tx.execute("stamp it late", LATE, crate::db::engine::params![hour])
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+    let told = offers(&mut follower).await;
+    assert_eq!(told.last().map(|told| told.1), Some(DesiredAction::Install));
+}
+
+#[tokio::test]
+async fn a_settled_rollout_ends_when_its_release_expires() {
+    let mut bench = Bench::sqlite().await;
+    bench.add("never-connects").await;
+    let (release, rollout) = bench.roll_out("1.1.0").await;
+    bench.db.advance_clock(limits::SETTLE);
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Complete);
+    housekeeping::clean_up(&bench.db).await.unwrap();
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Complete);
+    bench
+        .db
+        .advance_clock(release.expires_at.since(bench.db.now()));
+    housekeeping::clean_up(&bench.db).await.unwrap();
+    bench.drive().await;
+    assert_eq!(bench.state(&rollout).await, RolloutState::Aborted);
+    assert_eq!(
+        bench
+            .count("SELECT COUNT(*) AS n FROM rollouts WHERE driven = 1")
+            .await,
+        0
+    );
+}
+
+#[tokio::test]
+async fn the_history_of_many_rollouts_goes_in_one_statement_a_commit() {
+    let mut bench = Bench::sqlite().await;
+    bench.add_all(&["a", "b"]).await;
+    for version in 1..=20 {
+        bench.roll_out(&format!("1.{version}.0")).await;
+    }
+    bench
+        .db
+        .advance_clock(limits::HISTORY + Duration::from_secs(3_600));
+    let ran = statements(async {
+        housekeeping::clean_up(&bench.db).await.unwrap();
+    });
+    let mut statements = ran.await;
+    statements.retain(|sql| sql.contains("rollout_devices"));
+    assert_eq!(statements.len(), 1, "{statements:?}");
+    assert_eq!(
+        bench
+            .count("SELECT COUNT(*) AS n FROM rollout_devices")
+            .await,
+        2
+    );
 }
 
 #[tokio::test]

@@ -13,15 +13,25 @@ pub(super) fn record(sql: &str, params: &[Param]) {
     let _ = RECORD.try_with(|record| record.borrow_mut().push((sql.to_owned(), params.to_vec())));
 }
 
-/// Runs `work` and gives the plan of each statement that it ran: SQLite's lines, each with its statement.
-pub(crate) async fn of(engine: &Engine, work: impl Future<Output = ()>) -> Vec<(String, String)> {
+/// Runs `work` and gives the statements that it ran, in order.
+pub(crate) async fn statements(work: impl Future<Output = ()>) -> Vec<String> {
+    let recorded = recorded(work).await;
+    recorded.into_iter().map(|(sql, _)| sql).collect()
+}
+
+async fn recorded(work: impl Future<Output = ()>) -> Vec<(String, Vec<Param>)> {
     let recording = RECORD.scope(RefCell::default(), async {
         work.await;
         RECORD.with(RefCell::take)
     });
+    recording.await
+}
+
+/// Runs `work` and gives the plan of each statement that it ran: SQLite's lines, each with its statement.
+pub(crate) async fn of(engine: &Engine, work: impl Future<Output = ()>) -> Vec<(String, String)> {
     let Engine::Sqlite { readers, .. } = engine;
     let mut lines = Vec::new();
-    for (sql, params) in recording.await {
+    for (sql, params) in recorded(work).await {
         let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));
         for row in sqlx::query_with(explain, bind(params))
             .fetch_all(readers)
