@@ -24,6 +24,7 @@ use tokio::{
     time::timeout,
 };
 use tonic::Code;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_thousand_silent_connections_hold_up_nobody_and_are_closed() {
@@ -116,6 +117,25 @@ async fn slow_handshakes_hold_up_their_own_address_and_no_other() {
         cut.await.unwrap();
     }
     site.server().line_with("the handshake took more than 10 s");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_health_question_is_bounded_like_any_message_of_a_device() {
+    let site = Site::started();
+    site.add_device("dev-1");
+    let mut health = HealthClient::new(site.connect("dev-1").await);
+    // Of a message the name takes all but 4 bytes, its tag and length.
+    for (bytes, answer) in [
+        (0, Ok(())),
+        (64 << 10, Err(Code::NotFound)),
+        ((64 << 10) + 1, Err(Code::OutOfRange)),
+        ((4 << 20) + 1, Err(Code::OutOfRange)),
+    ] {
+        let service = "x".repeat(usize::saturating_sub(bytes, 4));
+        let checked = health.check(HealthCheckRequest { service }).await;
+        let checked = checked.map(|_| ()).map_err(|status| status.code());
+        assert_eq!(checked, answer, "{bytes} bytes");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -6,7 +6,7 @@ use fwpush_keys::time::Timestamp;
 
 use crate::{
     db::{
-        Added, DeviceFilter, NewDevice, prune_events,
+        Added, DeviceFilter, NewDevice, NewEvent, insert_events, prune_events,
         testing::{Bench, device, id, ids},
     },
     limits,
@@ -19,6 +19,7 @@ on_each_engine!(
     what_a_device_hears_and_its_certificate_are_kept,
     last_seen_never_goes_back,
     events_of_a_device_are_bounded_and_an_operators_are_kept,
+    many_events_at_once_leave_no_more_than_the_bound,
     long_event_texts_are_cut_between_characters,
 );
 
@@ -256,6 +257,26 @@ async fn events_of_a_device_are_bounded_and_an_operators_are_kept(bench: Bench) 
     );
     tx.commit().await.unwrap();
     assert_eq!(bench.event_kinds("a").await, ["ADDED"]);
+}
+
+async fn many_events_at_once_leave_no_more_than_the_bound(bench: Bench) {
+    let most = limits::EVENTS_PER_DEVICE as usize;
+    bench.add("a").await;
+    for group in 0..3 {
+        let noise = |n| NewEvent::of_device(&id("a"), "NOISE", format!("{group} {n}"));
+        let mut events: Vec<_> = (0..500).map(noise).collect();
+        events.insert(250, NewEvent::of_device(&id("b"), "NOISE", String::new()));
+        let mut tx = bench.db.begin().await.unwrap();
+        insert_events(&mut tx, &events).await.unwrap();
+        tx.commit().await.unwrap();
+        let kept = bench.db.events_of(&id("a"), 10_000).await.unwrap();
+        let noise: Vec<_> = kept.iter().filter(|event| event.kind == "NOISE").collect();
+        assert_eq!(noise.len(), most, "after group {group}");
+        assert_eq!(noise[0].details, format!("{group} 499"), "the newest stay");
+        assert_eq!(noise[most - 1].details, format!("{group} {}", 500 - most));
+        assert_eq!(kept.last().unwrap().kind, "ADDED");
+    }
+    assert_eq!(bench.event_kinds("b").await.len(), 3);
 }
 
 async fn long_event_texts_are_cut_between_characters(bench: Bench) {
