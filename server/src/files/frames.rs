@@ -215,7 +215,7 @@ mod tests {
     fn stored(content: &[u8]) -> (File, Mapped) {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
-        let mapped = Mapped::new(&file).unwrap();
+        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
         (file, mapped)
     }
 

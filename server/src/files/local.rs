@@ -130,8 +130,8 @@ impl FileStore {
         let outline = open_found(&self.outline_path(id)).map_err(failed)?;
         let outline = outline.ok_or_else(|| failed(io::Error::other("its outline is missing")))?;
         let file = Arc::new(StoredFile {
-            content: Mapped::new(&content).map_err(failed)?,
-            outline: Mapped::new(&outline).map_err(failed)?,
+            content: Mapped::new(content).map_err(failed)?,
+            outline: Mapped::new(outline).map_err(failed)?,
         });
         if file.content.is_empty() || !file.fits() {
             return Err(StoreError::Damaged(*id));

@@ -10,7 +10,15 @@
 
 mod faults;
 
-use std::{fs::File, io, ops::Range, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use memmap2::{Advice, Mmap};
@@ -31,11 +39,18 @@ pub struct Mapped {
     mapping: Option<Arc<Mapping>>,
 }
 
+/// A file is read in by blocks of this size, each once for a mapping: doing so again for each download would cost a third of what
+/// the download itself does.
+const BLOCK_BYTES: usize = 1 << 20;
+
 /// What is dropped first stops being watched first.
 #[derive(Debug)]
 struct Mapping {
     watch: faults::Watch,
     map: Mmap,
+    file: File,
+    /// Which blocks were read in.
+    read_in: Box<[AtomicBool]>,
 }
 
 /// Keeps the mapping for the slices made of it.
@@ -49,7 +64,7 @@ impl AsRef<[u8]> for Owner {
 
 impl Mapped {
     /// Maps `file` from its first to its present last byte.
-    pub fn new(file: &File) -> io::Result<Self> {
+    pub fn new(file: File) -> io::Result<Self> {
         if file.metadata()?.len() == 0 {
             return Ok(Self {
                 content: Bytes::new(),
@@ -58,13 +73,19 @@ impl Mapped {
         }
         // SAFETY: the file is a finished file of the store, which nothing of ours writes to. Where something else does, its bytes
         // differ from what they hash to, and devices refuse them; where it truncates, `watch` covers the reads.
-        let map = unsafe { Mmap::map(file)? };
+        let map = unsafe { Mmap::map(&file)? };
         let watch = faults::Watch::new(&map)?;
         // Downloads read in order; the kernel may read ahead and drop what lies behind.
         if let Err(error) = map.advise(Advice::Sequential) {
             tracing::debug!(%error, "The kernel took no advice on a mapping.");
         }
-        let mapping = Arc::new(Mapping { watch, map });
+        let blocks = map.len().div_ceil(BLOCK_BYTES);
+        let mapping = Arc::new(Mapping {
+            watch,
+            map,
+            file,
+            read_in: (0..blocks).map(|_| AtomicBool::new(false)).collect(),
+        });
         Ok(Self {
             content: Bytes::from_owner(Owner(Arc::clone(&mapping))),
             mapping: Some(mapping),
@@ -82,11 +103,11 @@ impl Mapped {
 
     /// A part of the file, which costs no copy and keeps the mapping alive. `range` must be within the file.
     ///
-    /// It is read in, so that a disk that fails is [`Damaged`] here; so is a mapping that was found damaged before. What is lost
-    /// afterwards reads as zeros.
+    /// A file that is shorter now is [`Damaged`], and a disk that fails to read it in; so is a mapping that was found damaged before.
+    /// What is lost afterwards reads as zeros.
     pub fn slice(&self, range: Range<usize>) -> Result<Bytes, Damaged> {
         if let Some(mapping) = &self.mapping {
-            mapping.read_in(&range)?;
+            mapping.check(&range)?;
         }
         Ok(self.content.slice(range))
     }
@@ -100,18 +121,30 @@ impl Mapped {
 }
 
 impl Mapping {
-    fn read_in(&self, range: &Range<usize>) -> Result<(), Damaged> {
-        if self.watch.is_torn() {
+    fn check(&self, range: &Range<usize>) -> Result<(), Damaged> {
+        let length = self.file.metadata().map(|found| found.len());
+        let shorter = length.is_ok_and(|length| length < self.map.len() as u64);
+        let blocks = range.start / BLOCK_BYTES..range.end.div_ceil(BLOCK_BYTES);
+        if self.watch.is_torn() || shorter || !blocks.into_iter().all(|block| self.read_in(block)) {
+            self.watch.tear();
             return Err(Damaged);
         }
-        if range.is_empty() {
-            return Ok(());
+        Ok(())
+    }
+
+    /// False: the block cannot be read.
+    fn read_in(&self, block: usize) -> bool {
+        let Some(done) = self.read_in.get(block) else {
+            return true;
+        };
+        if done.load(Ordering::Relaxed) {
+            return true;
         }
+        let start = block * BLOCK_BYTES;
+        let length = BLOCK_BYTES.min(self.map.len() - start);
         // madvise(2), MADV_POPULATE_READ: "EFAULT: a SIGBUS would have been generated on actual memory access". Kernels before
         // 5.14 do not know it, and the read itself finds out.
-        let read = self
-            .map
-            .advise_range(Advice::PopulateRead, range.start, range.len());
+        let read = self.map.advise_range(Advice::PopulateRead, start, length);
         let lost = |error: &io::Error| {
             matches!(
                 Errno::from_io_error(error),
@@ -119,10 +152,10 @@ impl Mapping {
             )
         };
         if read.as_ref().is_err_and(lost) {
-            self.watch.tear();
-            return Err(Damaged);
+            return false;
         }
-        Ok(())
+        done.store(true, Ordering::Relaxed);
+        true
     }
 }
 
@@ -143,7 +176,7 @@ mod tests {
     #[test]
     fn what_was_handed_out_before_a_file_is_cut_short_reads_as_zeros() {
         let file = file();
-        let mapped = Mapped::new(&file).unwrap();
+        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
         let (early, late) = (mapped.slice(0..100_000), mapped.slice(500_000..BYTES));
         let (early, late) = (early.unwrap(), late.unwrap());
         file.set_len(200_000).unwrap();
@@ -157,16 +190,39 @@ mod tests {
     #[test]
     fn what_is_gone_already_is_not_handed_out() {
         let file = file();
-        let mapped = Mapped::new(&file).unwrap();
+        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
         file.set_len(0).unwrap();
         assert_eq!(mapped.slice(0..BYTES), Err(Damaged));
         assert!(mapped.is_damaged());
     }
 
     #[test]
+    fn what_was_read_in_before_is_not_handed_out_of_a_file_that_is_shorter_now() {
+        let file = file();
+        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
+        mapped.slice(0..BYTES).unwrap();
+        file.set_len(BYTES as u64 - 1).unwrap();
+        assert_eq!(mapped.slice(0..100), Err(Damaged));
+    }
+
+    #[test]
+    fn what_cannot_be_read_in_is_not_handed_out() {
+        let file = file();
+        let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
+        let Some(mapping) = &mapped.mapping else {
+            panic!("not mapped")
+        };
+        // Without a look at the length: as with a disk that fails.
+        file.set_len(0).unwrap();
+        assert!(!mapping.read_in(0));
+        assert!(!mapping.watch.is_torn(), "nothing of it was touched");
+    }
+
+    #[test]
     fn other_mappings_are_not_touched_and_a_new_one_is_whole() {
         let (cut, whole) = (file(), file());
-        let (first, second) = (Mapped::new(&cut).unwrap(), Mapped::new(&whole).unwrap());
+        let first = Mapped::new(cut.try_clone().unwrap()).unwrap();
+        let second = Mapped::new(whole).unwrap();
         cut.set_len(0).unwrap();
         assert_eq!(first.slice(0..1), Err(Damaged));
         assert!(
@@ -178,7 +234,7 @@ mod tests {
         );
         assert!(!second.is_damaged());
         cut.set_len(BYTES as u64).unwrap();
-        let again = Mapped::new(&cut).unwrap();
+        let again = Mapped::new(cut).unwrap();
         assert_eq!(again.slice(0..BYTES).unwrap().len(), BYTES);
         assert!(first.is_damaged() && !again.is_damaged());
     }
@@ -189,7 +245,7 @@ mod tests {
             std::thread::spawn(|| {
                 for round in 0..200 {
                     let file = file();
-                    let mapped = Mapped::new(&file).unwrap();
+                    let mapped = Mapped::new(file.try_clone().unwrap()).unwrap();
                     let slice = mapped.slice(0..BYTES).unwrap();
                     if round % 2 == 0 {
                         file.set_len(0).unwrap();
@@ -208,7 +264,7 @@ mod tests {
 
     #[test]
     fn an_empty_file_is_an_empty_mapping() {
-        let mapped = Mapped::new(&tempfile::tempfile().unwrap()).unwrap();
+        let mapped = Mapped::new(tempfile::tempfile().unwrap()).unwrap();
         assert_eq!(mapped.slice(0..0).unwrap().len(), 0);
         assert!(!mapped.is_damaged());
     }
