@@ -12,8 +12,10 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use fwpush_keys::{Envelope, PublicKey, SigningKey};
+use rustix::io::ioctl_fionread;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::unix::pipe,
     process::Command,
 };
 use zeroize::Zeroizing;
@@ -142,56 +144,98 @@ fn signer_key(
 /// Runs the signing command with `message` on its standard input. Its words go to our stderr, so that it can ask for a
 /// PIN. The command line may hold one: it is repeated nowhere.
 async fn run_signer(command: &str, message: &[u8]) -> Result<[u8; 64]> {
+    let starting = || "start the signing command".to_owned();
+    let (reader, writer) = std::io::pipe().doing(starting)?;
+    // Our own end for reading: it tells what was left unread.
+    let left = reader.try_clone().doing(starting)?;
     let mut child = Command::new("sh")
         .args(["-c", command])
-        .stdin(Stdio::piped())
+        .stdin(reader)
         .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .doing(|| "start the signing command".to_owned())?;
-    let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-    let write = async {
-        if let Some(mut stdin) = stdin {
-            // A command that reads only part of it says itself what is wrong.
-            let _ = stdin.write_all(message).await;
-        }
-    };
+        .doing(starting)?;
+    let stdout = child.stdout.take();
+    let mut stdin = pipe::Sender::from_owned_fd(writer.into()).doing(starting)?;
     let read = async {
         let mut answer = Vec::new();
         if let Some(stdout) = stdout {
             stdout
-                .take(limits::SIGNER_ANSWER_BYTES)
+                .take(limits::SIGNER_ANSWER_BYTES + 1)
                 .read_to_end(&mut answer)
                 .await?;
         }
         Ok::<_, std::io::Error>(answer)
     };
-    let work = async {
-        let ((), answer) = tokio::join!(write, read);
-        Ok::<_, std::io::Error>((answer?, child.wait().await?))
+    let finish = async {
+        // Ends the message when it is written, or when nobody is left to read it.
+        let mut written = 0;
+        let status = tokio::select! {
+            status = child.wait() => status?,
+            done = write(&mut stdin, message, &mut written) => {
+                done?;
+                drop(stdin);
+                child.wait().await?
+            }
+        };
+        let unread = message.len() as u64 - written as u64 + ioctl_fionread(&left)?;
+        Ok::<_, std::io::Error>((status, unread))
     };
-    let (answer, status) = tokio::time::timeout(limits::SIGNER_TIME, work)
+    let work = async {
+        let (finished, answer) = tokio::join!(finish, read);
+        let (status, unread) = finished?;
+        Ok::<_, std::io::Error>((answer?, status, unread))
+    };
+    let (answer, status, unread) = tokio::time::timeout(limits::SIGNER_TIME, work)
         .await
         .map_err(|_| {
             Failure::new(format!(
                 "the signing command took over {} s",
                 limits::SIGNER_TIME.as_secs()
             ))
+            .next("It must end once it has printed the signature; it may ask for a PIN on the terminal.")
         })?
         .doing(|| "talk to the signing command".to_owned())?;
+    if answer.len() as u64 > limits::SIGNER_ANSWER_BYTES {
+        return Err(Failure::new(format!(
+            "the signing command printed more than {} bytes",
+            limits::SIGNER_ANSWER_BYTES
+        ))
+        .next(A_SIGNATURE));
+    }
+    let left = match unread {
+        0 => String::new(),
+        _ => format!(
+            " and left {unread} of the {} bytes that it has to sign unread",
+            message.len()
+        ),
+    };
     if !status.success() {
         return Err(
-            Failure::new(format!("the signing command failed ({status})"))
+            Failure::new(format!("the signing command failed ({status}){left}"))
                 .next("What it said stands above."),
         );
+    }
+    if unread > 0 {
+        return Err(Failure::new(format!("the signing command ended{left}"))
+            .next("It gets these bytes on its standard input, and must read all of them."));
     }
     parse_signature(&answer).ok_or_else(|| {
         Failure::new(format!(
             "the signing command printed {} bytes that are no signature",
             answer.len()
         ))
-        .next("It must print the 64 bytes of an Ed25519 signature, raw or as hex or base64.")
+        .next(A_SIGNATURE)
     })
+}
+
+const A_SIGNATURE: &str = "It must print the 64 bytes of an Ed25519 signature, raw or as hex or base64, and nothing else.";
+
+async fn write(to: &mut pipe::Sender, message: &[u8], written: &mut usize) -> std::io::Result<()> {
+    while *written < message.len() {
+        *written += to.write(&message[*written..]).await?;
+    }
+    Ok(())
 }
 
 /// 64 bytes as they are, or as hex or base64 (both alphabets, with or without padding) with any white space.
@@ -351,5 +395,43 @@ mod tests {
             2
         );
         assert!(files(&[SigningKey::generate().public()]).is_err());
+    }
+
+    #[tokio::test]
+    async fn what_a_signing_command_did_wrong_is_said() {
+        let message = vec![7; 2_000];
+        for (command, why) in [
+            ("exit 0", "ended and left 2000 of the 2000 bytes"),
+            (
+                "exit 3",
+                "failed (exit status: 3) and left 2000 of the 2000",
+            ),
+            ("cat > /dev/null; exit 3", "failed (exit status: 3)"),
+            ("cat > /dev/null", "printed 0 bytes that are no signature"),
+            (
+                "cat > /dev/null; head -c 1000000 /dev/zero",
+                "printed more than",
+            ),
+            ("kill -9 $$", "SIGKILL"),
+        ] {
+            let failure = run_signer(command, &message).await.unwrap_err();
+            assert!(failure.to_string().contains(why), "{command}: {failure}");
+            let mut shown = Vec::new();
+            failure.report(&mut shown).unwrap();
+            let shown = String::from_utf8(shown).unwrap();
+            assert!(shown.contains(" next: "), "{command}: {shown}");
+        }
+        let read_all = run_signer("cat > /dev/null; head -c 64 /dev/zero", &message).await;
+        assert_eq!(read_all.unwrap(), [0; 64]);
+    }
+
+    #[tokio::test]
+    async fn a_message_that_no_pipe_holds_is_handed_over_whole_or_its_rest_is_counted() {
+        let message = vec![7; 1 << 20];
+        let read_all = run_signer("cat > /dev/null; head -c 64 /dev/zero", &message).await;
+        assert_eq!(read_all.unwrap(), [0; 64]);
+        let failure = run_signer("head -c 1000 > /dev/null", &message).await;
+        let failure = failure.unwrap_err().to_string();
+        assert!(failure.contains("of the 1048576 bytes"), "{failure}");
     }
 }
