@@ -104,10 +104,13 @@ impl Client {
             message => message,
         };
         let failure = Failure::new(format!("{what}: {message}"));
+        // The server knows best what can be done about its own refusal.
+        let next = status.metadata().get("fwpush-next");
+        if let Some(next) = next.and_then(|next| next.to_str().ok()) {
+            return failure.next(next);
+        }
         match status.code() {
-            Code::Unavailable | Code::DeadlineExceeded => failure
-                .next("Look at the server's log if it stays so. Repeating the command is safe."),
-            Code::Unauthenticated => failure.next(format!(
+            Code::Unauthenticated | Code::PermissionDenied => failure.next(format!(
                 "This command acts as operator {} with the certificate {}.",
                 self.config.operator,
                 self.config.certificate.display()
@@ -115,8 +118,29 @@ impl Client {
             Code::Unimplemented => failure.next(format!(
                 "{server} does not offer this: is it the operators' address, and a server of this version?"
             )),
-            _ => failure,
+            code => failure.next(next_step(code)),
         }
+    }
+}
+
+/// What can be done about a refusal of which nothing but its kind is known.
+fn next_step(code: Code) -> &'static str {
+    match code {
+        Code::Unavailable | Code::DeadlineExceeded => {
+            "Look at the server's log if it stays so. Repeating the command is safe."
+        }
+        Code::InvalidArgument | Code::OutOfRange => {
+            "Correct what the message names; the command's --help shows what it takes."
+        }
+        Code::NotFound => {
+            "`fwpush device list`, `fwpush release list` and `fwpush rollout list` show what there is."
+        }
+        Code::AlreadyExists => "Choose another name, or go on with what is there.",
+        Code::FailedPrecondition => "Change what the message names, then repeat the command.",
+        Code::ResourceExhausted | Code::Aborted => {
+            "The server is busy with others: repeat the command in a while."
+        }
+        _ => "The server's log says more. Repeating the command is safe.",
     }
 }
 

@@ -85,8 +85,10 @@ pub fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
 /// Reads a text of at most 1 MiB: keys, certificates and configurations are far smaller.
 pub fn read_text(path: &Path) -> Result<String> {
     let bytes = read_limited(path, 1 << 20)?;
-    String::from_utf8(bytes)
-        .map_err(|_| Failure::new(format!("{} is not UTF-8 text", path.display())))
+    String::from_utf8(bytes).map_err(|_| {
+        Failure::new(format!("{} is not UTF-8 text", path.display()))
+            .next("This does not look like the right kind of file.")
+    })
 }
 
 /// The files in a directory whose names begin and end so, sorted by name.
@@ -132,7 +134,8 @@ pub fn next_free(dir: &Path, prefix: &str, suffix: &str) -> Result<PathBuf> {
     Err(Failure::new(format!(
         "no free name {prefix}N{suffix} in {}",
         dir.display()
-    )))
+    ))
+    .next("Move the old ones away."))
 }
 
 #[cfg(test)]

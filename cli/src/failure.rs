@@ -87,7 +87,7 @@ impl Failure {
     /// Writes the failure for a person. Whatever a server or a file put into the words cannot steer the terminal.
     pub fn report(&self, to: &mut impl io::Write) -> io::Result<()> {
         writeln!(to, "error: {}", escape_lines(&format!("{:#}", self.cause)))?;
-        if let Some(next) = &self.next {
+        if let Some(next) = self.next.as_deref().or_else(|| self.obvious_next()) {
             writeln!(
                 to,
                 " next: {}",
@@ -95,6 +95,25 @@ impl Failure {
             )?;
         }
         Ok(())
+    }
+
+    /// What can be done about a failure of the operating system that nobody said more about.
+    fn obvious_next(&self) -> Option<&'static str> {
+        let mut causes = self.cause.chain();
+        let error = causes.find_map(|cause| cause.downcast_ref::<io::Error>())?;
+        Some(match error.kind() {
+            io::ErrorKind::NotFound => "Check the path.",
+            io::ErrorKind::PermissionDenied => {
+                "Run the command as the user that the files belong to, or check their permissions."
+            }
+            io::ErrorKind::IsADirectory => "Name a file, not a directory.",
+            io::ErrorKind::NotADirectory => "Name a directory, not a file.",
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                "Make room on that file system, then repeat the command."
+            }
+            io::ErrorKind::ReadOnlyFilesystem => "Choose a place that can be written.",
+            _ => "Look at the file or device named, then repeat the command.",
+        })
     }
 }
 
@@ -167,5 +186,20 @@ mod tests {
             words(&failure),
             "error: the server says: \\u{1b}[2Jgone\\r\n"
         );
+    }
+
+    #[test]
+    fn a_failure_of_the_system_says_what_to_do_unless_more_is_known() {
+        let missing = || Err::<(), _>(io::Error::from(io::ErrorKind::NotFound));
+        let shown = |failure: Failure| {
+            let mut text = Vec::new();
+            failure.report(&mut text).unwrap();
+            String::from_utf8(text).unwrap()
+        };
+        let plain = missing().doing(|| "read a.key".to_owned()).unwrap_err();
+        assert!(shown(plain).contains(" next: Check the path."));
+        let known = missing().doing(|| "read a.key".to_owned()).unwrap_err();
+        let known = shown(known.next("Make one."));
+        assert!(known.contains(" next: Make one.") && !known.contains("Check"));
     }
 }

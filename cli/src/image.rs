@@ -45,16 +45,16 @@ impl Image {
         let mut file = File::open(path).doing(what)?;
         let before = file.metadata().doing(what)?;
         if !before.is_file() {
-            return Err(Failure::new(format!(
-                "{} is not a regular file",
-                path.display()
-            )));
+            return Err(
+                Failure::new(format!("{} is not a regular file", path.display()))
+                    .next("Name the file that holds the image."),
+            );
         }
         if before.len() == 0 {
-            return Err(Failure::new(format!(
-                "the image {} is empty",
-                path.display()
-            )));
+            return Err(
+                Failure::new(format!("the image {} is empty", path.display()))
+                    .next("Build the image, then repeat the command."),
+            );
         }
         let bar = progress::byte_bar("hashing", before.len());
         let (mut outline, mut sha256) = (OutlineBuilder::new(), Sha256::new());

@@ -206,7 +206,8 @@ fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
                     .read_exact(&mut head)
                     .doing(|| "read the database".to_owned())?;
                 if head != *SQLITE {
-                    return Err(Failure::new("fwpush.db in it is no SQLite database"));
+                    return Err(Failure::new("fwpush.db in it is no SQLite database")
+                        .next("Take another copy, made by `fwpush backup`; nothing was changed."));
                 }
                 databases += 1;
             }
@@ -227,7 +228,8 @@ fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
             "{} is no whole backup: it has {databases} databases and {} first roots",
             archive.display(),
             roots.len()
-        )));
+        ))
+        .next("Take another copy, made by `fwpush backup`; nothing was changed."));
     };
     Verified::<Root>::bootstrap(root).doing(|| "check the backup's root document".to_owned())?;
     Ok(root.clone())

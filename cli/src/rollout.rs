@@ -163,7 +163,10 @@ async fn abort(context: &Context, args: &RolloutAbort) -> Result<()> {
     if Consent::before(args.yes, false)? == Consent::Ask
         && !ask(&format!("Stop rollout {}?", args.id))?
     {
-        return Err(Failure::new("the rollout goes on"));
+        return Err(Failure::new("the rollout goes on").next(format!(
+            "To see it: fwpush rollout show {} --follow",
+            args.id
+        )));
     }
     let client = context.client().await?;
     let request = AbortRolloutRequest {

@@ -2,7 +2,7 @@
 
 use std::{env, io::IsTerminal as _};
 
-use fwpush_server::{Config, Running, Server, StartError};
+use fwpush_server::{Config, Running, Server, StartError, db::DbError};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -40,7 +40,10 @@ async fn serve(mut running: Running, signals: &mut Signals) -> Result<()> {
     }
     tokio::select! {
         () = running.drain_and_stop() => Ok(()),
-        () = signals.stop_again() => Err(Failure::new("stopped at once by a second signal, before the drain had ended")),
+        () = signals.stop_again() => Err(Failure::new(
+            "stopped at once by a second signal, before the drain had ended",
+        )
+        .next("Nothing that was acknowledged is lost: start it again.")),
     }
 }
 
@@ -112,7 +115,17 @@ fn explain(error: StartError) -> Failure {
         StartError::Listen(_) => {
             Some("Stop what uses the address, or change [listen] in fwpush.toml.")
         }
-        _ => None,
+        StartError::Locked { .. } => Some("One server runs on one data directory."),
+        StartError::Db(DbError::NewerSchema { .. }) => {
+            Some("Start the newer version that extended it, or restore a backup made before.")
+        }
+        StartError::Db(_) => {
+            Some("Look at the file that [database] in fwpush.toml names, and at the space left.")
+        }
+        StartError::Trust(_) => {
+            Some("server/trust must hold the first root that `fwpush init` made; a backup has it.")
+        }
+        StartError::Store(_) | StartError::Lock { .. } | StartError::Reflection(_) => None,
     };
     let usage = matches!(error, StartError::Config(_));
     let mut failure = Failure::from_error(error).doing("start the server");
@@ -140,7 +153,9 @@ pub fn init_log(format: LogFormat) -> Result<()> {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).try_init(),
         LogFormat::Json => log.json().try_init(),
     };
-    set.map_err(|error| Failure::new(format!("start the log: {error}")))
+    set.map_err(|error| {
+        Failure::new(format!("start the log: {error}")).next("For example FWPUSH_LOG=info.")
+    })
 }
 
 /// Each connection is a file descriptor, and systems give 1,024 unless asked: asks for all that may be had.

@@ -87,7 +87,8 @@ async fn attempt(client: &Client, image: &Image, bar: &ProgressBar) -> Result<At
             return Err(Failure::new(format!(
                 "the server says it has {} bytes of an image of {}",
                 status.received, image.size
-            )));
+            ))
+            .next("Is it a newer server? The server's log says more."));
         }
         Err(status) if is_lost(&status) => return Ok(Attempt::Lost { from: None, status }),
         Err(status) => return Err(client.refused("ask how far the upload is", &status)),

@@ -21,7 +21,8 @@ pub async fn follow(client: &mut Client, id: &RolloutId) -> Result<Rollout> {
     let mut board = Board::new();
     let ended = tokio::select! {
         rollout = until_ended(client, id, &mut board) => rollout,
-        _ = tokio::signal::ctrl_c() => Err(Failure::new("interrupted; the rollout goes on")),
+        _ = tokio::signal::ctrl_c() => Err(Failure::new("interrupted; the rollout goes on")
+            .next(format!("To watch it: fwpush rollout show {id} --follow. To stop it: fwpush rollout abort {id}"))),
     };
     match ended {
         Ok(rollout) => {
@@ -105,13 +106,19 @@ pub fn verdict(rollout: &Rollout) -> Result<()> {
     let id = &rollout.rollout_id;
     match rollout.state() {
         RolloutState::Complete => {}
-        RolloutState::Aborted => return Err(Failure::new("the rollout was aborted")),
+        RolloutState::Aborted => {
+            return Err(Failure::new("the rollout was aborted").next(format!(
+                "To start another: fwpush rollout start --release {} --to ...",
+                rollout.release_id
+            )));
+        }
         RolloutState::Superseded => {
             return Err(Failure::new("a newer rollout took this one's devices over")
                 .next("`fwpush rollout list` shows it."));
         }
         RolloutState::Active | RolloutState::Unspecified => {
-            return Err(Failure::new("the rollout has not ended"));
+            return Err(Failure::new("the rollout has not ended")
+                .next(format!("To watch it: fwpush rollout show {id} --follow")));
         }
     }
     let bad = [

@@ -25,11 +25,9 @@ const LAST_WORDS: Duration = Duration::from_millis(300);
 pub enum DeviceError {
     #[error("there is no device {0}")]
     NotFound(DeviceId),
-    #[error("device {0} exists with another product, hardware or channel; remove it first")]
+    #[error("device {0} exists with another product, hardware or channel")]
     Conflict(DeviceId),
-    #[error(
-        "product {0} is not in the trust root; add it with `fwpush keys rotate-root --add-product`"
-    )]
+    #[error("product {0} is not in the trust root")]
     UnknownProduct(Product),
     #[error("a certificate lives for 1 to {} days", limits::CERTIFICATE_DAYS_MAX)]
     Days,

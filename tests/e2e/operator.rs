@@ -18,6 +18,7 @@ use serde_json::Value;
 fn expect_failure(done: &Finished, why: &str) {
     assert_eq!(done.code, 1, "{done:?}");
     assert!(done.stderr.contains(why), "no {why:?} in {done:?}");
+    assert!(done.stderr.contains("next: "), "no next step in {done:?}");
 }
 
 /// The command must have refused its arguments (exit code 2) before it did anything.

@@ -374,7 +374,8 @@ fn judge_root(
                     return Err(Failure::new(format!(
                         "it is version {claimed}, and version {} is held: devices ignore it",
                         held.version
-                    )));
+                    ))
+                    .next("`fwpush keys rotate-root` makes the one that follows."));
                 }
                 None => format!(
                     "Root version {claimed} is signed by its own keys; there is no root to compare it with.\n"

@@ -84,7 +84,8 @@ async fn show(context: &Context, args: &ReleaseShow) -> Result<()> {
         );
     }
     let Some(id) = &args.id else {
-        return Err(Failure::usage("name a release or --file"));
+        return Err(Failure::usage("name a release or --file")
+            .next("`fwpush release list` shows the releases."));
     };
     let release = find(&context.client().await?, id).await?;
     context.out.data(
@@ -101,7 +102,8 @@ pub fn read_manifest(path: &Path) -> Result<(Envelope, Manifest)> {
             "{} is a {}, not a release",
             escape(&path.to_string_lossy()),
             envelope.payload_type()
-        )));
+        ))
+        .next("Name a file that `fwpush release build` wrote."));
     }
     let manifest = Manifest::from_payload(envelope.payload())
         .doing(|| format!("read the manifest {}", path.display()))?;

@@ -4,6 +4,9 @@ use tonic::{Code, Status};
 
 use crate::{access, files::StoreError, limits};
 
+/// The trailer that has the words of [`with_next`].
+pub const NEXT: &str = "fwpush-next";
+
 /// Of the database.
 pub use crate::wire::db;
 
@@ -18,6 +21,15 @@ pub fn access(refused: access::Refused) -> Status {
             Status::permission_denied(refused.to_string())
         }
     }
+}
+
+/// What the caller can do about a refusal, in words for the person: the command line shows them as its `next:` line.
+pub fn with_next(mut status: Status, next: impl AsRef<str>) -> Status {
+    // Words that a header cannot carry are left out; the message stands for itself.
+    if let Ok(next) = next.as_ref().parse() {
+        status.metadata_mut().insert(NEXT, next);
+    }
+    status
 }
 
 /// Too much now; the device is told when to ask again.

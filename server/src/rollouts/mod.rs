@@ -80,6 +80,9 @@ pub enum RolloutError {
     /// The release or the rollout is in no state for this, or the id belongs to a rollout of something else.
     #[error("{0}")]
     Conflict(String),
+    /// The release was revoked or has expired.
+    #[error("{0}")]
+    Ended(String),
     #[error("{0}")]
     Invalid(String),
     #[error(transparent)]
@@ -125,13 +128,13 @@ async fn begin(
         .await?
         .ok_or(RolloutError::UnknownRelease(new.release_id))?;
     if release.revoked {
-        return Err(RolloutError::Conflict(format!(
+        return Err(RolloutError::Ended(format!(
             "release {} was revoked",
             new.release_id
         )));
     }
     if !release.may_be_offered(tx.now()) {
-        return Err(RolloutError::Conflict(format!(
+        return Err(RolloutError::Ended(format!(
             "release {} expired at {}",
             new.release_id, release.expires_at
         )));

@@ -151,6 +151,7 @@ async fn what_is_not_a_proper_release_is_refused_in_words_by_command_and_server(
     for (what, envelope, why) in cases {
         let done = shop.publish(&envelope);
         assert_eq!(done.code, 1, "{what}: {done:?}");
+        assert!(done.stderr.contains("next: "), "{what}: {done:?}");
         assert!(
             done.stderr.contains(why),
             "{what}: no {why:?} in {}",
@@ -165,6 +166,7 @@ async fn what_is_not_a_proper_release_is_refused_in_words_by_command_and_server(
             status.message().contains(why),
             "{what}: no {why:?} in {status:?}"
         );
+        assert!(status.metadata().contains_key("fwpush-next"), "{what}");
         assert!(
             matches!(
                 status.code(),

@@ -4,7 +4,7 @@ use fwpush_keys::id::{DeviceId, OperatorId, Product};
 use fwpush_proto::v1::{self, ServerMessage, TextMessage, server_message::Kind as ToDevice};
 use tonic::{Code, Status};
 
-use super::{Admin, id, optional_id, page, views};
+use super::{Admin, id, optional_id, page, views, words};
 use crate::{
     api::status as map,
     db::DeviceFilter,
@@ -17,17 +17,41 @@ const UPDATES: u32 = 20;
 const EVENTS: u32 = 50;
 
 fn refused(error: DeviceError) -> Status {
-    let code = match error {
-        DeviceError::Db(error) => return map::db(error),
-        DeviceError::NotFound(_) => Code::NotFound,
-        DeviceError::Conflict(_) => Code::AlreadyExists,
-        DeviceError::UnknownProduct(_) => Code::FailedPrecondition,
-        DeviceError::Unreadable(_) | DeviceError::Nameless(_) => Code::Internal,
-        DeviceError::Days | DeviceError::Hears | DeviceError::Certificate(_) => {
-            Code::InvalidArgument
+    let (code, next) = match &error {
+        DeviceError::Db(_) => (Code::Unavailable, String::new()),
+        DeviceError::NotFound(_) => (
+            Code::NotFound,
+            "`fwpush device list` shows those there are.".to_owned(),
+        ),
+        DeviceError::Conflict(device) => (
+            Code::AlreadyExists,
+            format!("Choose another id, or remove that one: fwpush device remove {device}"),
+        ),
+        DeviceError::UnknownProduct(product) => (
+            Code::FailedPrecondition,
+            format!("Add it: fwpush keys rotate-root --add-product {product}"),
+        ),
+        DeviceError::Unreadable(_) | DeviceError::Nameless(_) => {
+            (Code::Internal, "The server's log says more.".to_owned())
         }
+        DeviceError::Days => (
+            Code::InvalidArgument,
+            format!("--days takes 1 to {}.", limits::CERTIFICATE_DAYS_MAX),
+        ),
+        DeviceError::Hears => (
+            Code::InvalidArgument,
+            "Name fewer devices, or `*` for all of the product.".to_owned(),
+        ),
+        DeviceError::Certificate(_) => (
+            Code::InvalidArgument,
+            "Make the request anew with an ECDSA P-256 key, or let --out DIR make key and request."
+                .to_owned(),
+        ),
     };
-    Status::new(code, error.to_string())
+    match error {
+        DeviceError::Db(error) => map::db(error),
+        error => map::with_next(Status::new(code, words(&error)), next),
+    }
 }
 
 pub async fn add(

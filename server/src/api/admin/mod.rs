@@ -307,3 +307,17 @@ where
         id(field, text).map(Some)
     }
 }
+
+/// An error with what caused it: these are about the operator's own document and hold no internals.
+fn words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = cause.source();
+    }
+    text
+}

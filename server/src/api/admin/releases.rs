@@ -4,7 +4,7 @@ use fwpush_keys::id::{OperatorId, Product};
 use fwpush_proto::v1;
 use tonic::{Code, Status};
 
-use super::{Admin, optional_id, views};
+use super::{Admin, optional_id, views, words};
 use crate::{
     api::status as map,
     releases::PublishError,
@@ -45,7 +45,45 @@ pub fn refused(error: PublishError) -> Status {
     };
     match error {
         PublishError::Db(error) => map::db(error),
-        error => Status::new(code, words(&error)),
+        error => map::with_next(Status::new(code, words(&error)), next(&error)),
+    }
+}
+
+/// What the engineer can do.
+fn next(error: &PublishError) -> String {
+    match error {
+        PublishError::Envelope(_) | PublishError::Product => {
+            "Build it again with `fwpush release build`, and sign it.".to_owned()
+        }
+        PublishError::Refused(_) => {
+            "`fwpush keys show` lists products, keys and thresholds; `fwpush release sign` adds a signature.".to_owned()
+        }
+        PublishError::IssuedInFuture(_) => {
+            "Set the clock of the machine that built it, then build and sign it again.".to_owned()
+        }
+        PublishError::Expired(_) => "Build and sign it again.".to_owned(),
+        PublishError::Revoked(_) => {
+            "What is revoked stays so: build a new release, with a new version.".to_owned()
+        }
+        PublishError::BelowFloor { floor, .. } => {
+            format!("Build it again with --security-counter {floor} or a higher one.")
+        }
+        PublishError::Missing(_) => {
+            "Give the image as well: fwpush release publish MANIFEST --image FILE.".to_owned()
+        }
+        PublishError::Size { .. } => {
+            "Build the manifest from the image that is published with it.".to_owned()
+        }
+        PublishError::OlderSeq { newest, .. } => {
+            format!("Build it again with a --seq above {newest}.")
+        }
+        PublishError::SeqTaken(_) => "Build it again with another --seq.".to_owned(),
+        PublishError::VersionTaken(_) => {
+            "Build it with a new --version; `fwpush release list` shows those that are taken.".to_owned()
+        }
+        PublishError::IdTaken(_) => "Build it again: each build gets an id of its own.".to_owned(),
+        PublishError::FileName => "Rename the image file.".to_owned(),
+        PublishError::Db(_) => "Repeat the command in a while.".to_owned(),
     }
 }
 
@@ -98,25 +136,26 @@ pub async fn publish_trust(
 
 fn trust_refused(error: trust::PublishError) -> Status {
     use trust::PublishError as E;
-    let code = match error {
+    let error = match error {
         E::Db(error) => return map::db(error),
+        error => error,
+    };
+    let code = match &error {
+        E::Db(_) => Code::Unavailable,
         E::Envelope(_) | E::Release | E::Product => Code::InvalidArgument,
         E::Refused(_) => Code::PermissionDenied,
         E::NotNewer { .. } => Code::FailedPrecondition,
     };
-    Status::new(code, words(&error))
-}
-
-/// An error with what caused it: these are about the operator's own document and hold no internals.
-fn words(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let more = cause.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
+    let next = match error {
+        E::Envelope(_) | E::Product => {
+            "`fwpush keys verify FILE` says what it is; `fwpush keys show` lists the products."
         }
-        source = cause.source();
-    }
-    text
+        E::Refused(_) => {
+            "`fwpush keys verify FILE` says what it lacks: signatures, or the root before it."
+        }
+        E::Release => "fwpush release publish FILE --image IMAGE",
+        E::NotNewer { .. } => "Make it again from the present list: fwpush keys revoke.",
+        E::Db(_) => "Repeat the command in a while.",
+    };
+    map::with_next(Status::new(code, words(&error)), next)
 }

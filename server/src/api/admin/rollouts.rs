@@ -17,13 +17,30 @@ use crate::{
 };
 
 pub fn refused(error: RolloutError) -> Status {
-    let code = match error {
+    let (code, next) = match error {
         RolloutError::Db(error) => return map::db(error),
-        RolloutError::NotFound(_) | RolloutError::UnknownRelease(_) => Code::NotFound,
-        RolloutError::Conflict(_) => Code::FailedPrecondition,
-        RolloutError::Invalid(_) => Code::InvalidArgument,
+        RolloutError::NotFound(_) => (
+            Code::NotFound,
+            "`fwpush rollout list` shows those there are.",
+        ),
+        RolloutError::UnknownRelease(_) => (
+            Code::NotFound,
+            "`fwpush release list` shows those there are.",
+        ),
+        RolloutError::Conflict(_) => (
+            Code::FailedPrecondition,
+            "`fwpush rollout list` and `fwpush release list` show how it stands.",
+        ),
+        RolloutError::Ended(_) => (
+            Code::FailedPrecondition,
+            "Publish a new release: fwpush release FILE ...",
+        ),
+        RolloutError::Invalid(_) => (
+            Code::InvalidArgument,
+            "--to takes `all` or device ids with commas between.",
+        ),
     };
-    Status::new(code, error.to_string())
+    map::with_next(Status::new(code, error.to_string()), next)
 }
 
 fn target(target: Option<v1::Target>) -> Result<Target, Status> {
