@@ -32,6 +32,12 @@ needs=(
   "grub-editenv grub-common the GRUB example"
   "grub-emu grub-emu the GRUB example runs in it"
   "script bsdutils gives GRUB a terminal"
+  "rauc rauc the RAUC example"
+  "dbus-daemon dbus-daemon the RAUC example has a bus of its own"
+  "mksquashfs squashfs-tools bundles of the RAUC example"
+  "swupdate swupdate the SWUpdate example"
+  "fw_setenv libubootenv-tool the SWUpdate example"
+  "cpio cpio images of the SWUpdate example"
 )
 missing=()
 for need in "${needs[@]}"; do

@@ -10,7 +10,7 @@ use std::{
         fd::AsRawFd as _,
         unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::{Advice, OFlags};
@@ -214,12 +214,22 @@ impl RealFile {
         Ok(Self(options.open(path)?))
     }
 
-    /// The same file, whatever its name is by now, open from its beginning and for reading only.
+    /// The same file, whatever its name is by now.
+    pub(crate) fn same(&self, access: Access) -> io::Result<Self> {
+        Self::open(&self.here(), access)
+    }
+
+    /// The same file, open from its beginning and for reading only.
     pub(crate) fn reader(&self, flags: OFlags) -> io::Result<File> {
         OpenOptions::new()
             .read(true)
             .custom_flags(flags.bits() as i32)
-            .open(format!("/proc/self/fd/{}", self.0.as_raw_fd()))
+            .open(self.here())
+    }
+
+    /// Leads to this very file, also when it has no name any more.
+    fn here(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
 
     /// Reads with O_DIRECT. The kernel writes dirty pages of the range out first, then asks the medium.

@@ -83,3 +83,14 @@ pub fn install(settings: &CommandSlotsSettings, version: &str, content: &[u8], t
         .mark_trial(&image_of(version, content), tries)
         .unwrap();
 }
+
+/// Runs a few commands that the test needs done, in a folder; what they print.
+pub fn sh(folder: &Path, script: &str) -> String {
+    let output = Command::new("sh")
+        .args(["-ec", script])
+        .current_dir(folder)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{script}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}

@@ -4,6 +4,8 @@
 
 mod bench;
 mod grub;
+mod rauc;
+mod swupdate;
 mod systemd_boot;
 
 mod uboot;

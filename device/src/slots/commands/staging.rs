@@ -24,6 +24,8 @@ pub(super) struct Staging {
     folder: PathBuf,
     /// Open once, and never looked up by its name again: another file under this name changes nothing.
     image: Option<RealFile>,
+    /// False from when it is handed over: RAUC, for one, insists that nobody can write a bundle while it reads it.
+    writable: bool,
 }
 
 impl Staging {
@@ -51,6 +53,7 @@ impl Staging {
         Ok(Self {
             folder: folder.into(),
             image: None,
+            writable: false,
         })
     }
 
@@ -62,16 +65,34 @@ impl Staging {
     fn image(&mut self) -> io::Result<&RealFile> {
         let file = match self.image.take() {
             Some(file) => file,
-            None => match RealFile::open(&self.path(), Access::Write) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    let file = RealFile::create(&self.path())?;
-                    RealDisk.sync_names(&self.path())?;
-                    file
-                }
-                opened => opened?,
-            },
+            None => {
+                self.writable = true;
+                self.open_or_create()?
+            }
         };
         Ok(self.image.insert(file))
+    }
+
+    /// The same to be written.
+    fn writable(&mut self) -> io::Result<&RealFile> {
+        self.image()?;
+        if !self.writable {
+            let same = self.image()?.same(Access::Write)?;
+            self.image = Some(same);
+            self.writable = true;
+        }
+        self.image()
+    }
+
+    fn open_or_create(&self) -> io::Result<RealFile> {
+        match RealFile::open(&self.path(), Access::Write) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let file = RealFile::create(&self.path())?;
+                RealDisk.sync_names(&self.path())?;
+                Ok(file)
+            }
+            opened => opened,
+        }
     }
 
     /// Reads past the page cache; bytes past the end of the file are zeros, as [`Staging::finish`] makes them.
@@ -90,7 +111,7 @@ impl Staging {
     }
 
     pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.image()?.write_at(bytes, offset)
+        self.writable()?.write_at(bytes, offset)
     }
 
     pub(super) fn sync(&mut self) -> io::Result<()> {
@@ -115,14 +136,16 @@ impl Staging {
         Ok((free + held).saturating_sub(limits::STAGING_RESERVE_BYTES))
     }
 
-    /// Gives the file the image's exact size, durably, and a descriptor of it that cannot write.
+    /// Gives the file the image's exact size, durably, and a descriptor of it that cannot write. None that can is left open.
     pub(super) fn finish(&mut self, size: u64) -> io::Result<File> {
-        let file = self.image()?;
+        let file = self.writable()?;
         if file.size()? != size {
             file.set_size(size)?;
         }
         file.sync()?;
-        file.reader(OFlags::empty())
+        self.image = Some(file.same(Access::Read)?);
+        self.writable = false;
+        self.image()?.reader(OFlags::empty())
     }
 
     /// The BLAKE3 of what the file holds now.

@@ -376,6 +376,30 @@ fn the_descriptor_that_is_handed_over_cannot_write() {
 }
 
 #[test]
+fn while_an_image_is_handed_over_nobody_has_it_open_to_write() {
+    let mut board = Board::new();
+    // Descriptors of the agent, which is this shell's parent, that lead to the image: flags end in 1 or 2 if they can write.
+    board.settings.commands.write = board.script(
+        "cat > slot-b
+         for fd in /proc/$PPID/fd/*; do
+             case $(readlink $fd) in
+             */staging/image) if grep -q 'flags:.*[12]$' /proc/$PPID/fdinfo/${fd##*/}; then exit 1; fi; touch seen ;;
+             esac
+         done",
+    );
+    let mut slots = board.open();
+    install(&mut slots).unwrap();
+    assert!(board.path("seen").exists());
+    drop(slots);
+    // And after a failure it is written again.
+    board.settings.commands.write = board.script("false");
+    board.boots(SlotId::A);
+    let mut slots = board.open();
+    install(&mut slots).unwrap_err();
+    slots.write_spare(0, NEW).unwrap();
+}
+
+#[test]
 fn a_staging_directory_that_others_may_enter_is_refused() {
     let board = Board::new();
     fs::create_dir_all(&board.settings.staging).unwrap();
