@@ -192,6 +192,8 @@ pub const REBOOT_GRACE: Duration = Duration::from_secs(1);
 
 /// For a board to go down once its reboot command was run: services are given 90 s to stop.
 pub const REBOOT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+/// A reboot command that failed is run again after this.
+pub const REBOOT_RETRY: Duration = Duration::from_secs(5);
 
 /// Boots of an image on trial before the bootloader gives it up: power may be cut in the first ones by chance.
 pub const TRIAL_BOOTS: u8 = 3;

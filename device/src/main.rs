@@ -4,7 +4,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
-use fwpush_device::service;
+use fwpush_device::service::{self, StatusForm};
 
 /// The fwpush device agent: waits for updates, verifies and installs them, and goes back by itself when one is bad.
 #[derive(Debug, Parser)]
@@ -33,6 +33,9 @@ enum Command {
         /// One JSON object.
         #[arg(long)]
         json: bool,
+        /// Print nothing; exit code 0 while the running image is on trial, 1 when it is confirmed.
+        #[arg(long, conflicts_with = "json")]
+        on_trial: bool,
     },
 }
 
@@ -48,7 +51,14 @@ FWPUSH_LOG sets what is logged, such as \"debug\" or \"warn,fwpush_device=info\"
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
-        Some(Command::Status { json }) => service::status(&arguments.config, json),
+        Some(Command::Status { json, on_trial }) => {
+            let form = match (json, on_trial) {
+                (_, true) => StatusForm::OnTrial,
+                (true, _) => StatusForm::Json,
+                _ => StatusForm::Text,
+            };
+            service::status(&arguments.config, form)
+        }
         None => service::run(&arguments.config, arguments.once),
     }
 }

@@ -1,6 +1,12 @@
-//! The agent as a process: configuration, log, signals, exit codes, and the emulated bootloader of a bench.
+//! The agent as a process: configuration, log, signals, service manager, reboot, exit codes.
 
-use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
+use std::{
+    io::IsTerminal as _,
+    path::Path,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use fwpush_keys::error_text;
 use tokio::signal::unix::{SignalKind, signal};
@@ -8,32 +14,40 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    agent::{Agent, AgentError, AgentEvent, AgentParts, Exit, Status, always_consent},
+    agent::{Agent, AgentError, AgentParts, Exit, Observer, always_consent},
     channel::TcpDial,
     config::{Config, ConfigError},
     limits,
-    slots::{BoardSlots, check_state_place},
-    store::{DirStore, Document},
-    update::{Failure, Phase},
+    slots::{BoardSlots, Slots, check_state_place},
+    store::DirStore,
 };
 
-/// Configuration.
+mod log;
+mod notify;
+mod reboot;
+mod status;
+
+use notify::Notifier;
+pub use status::{StatusForm, status};
+
+const EXIT_OTHER: u8 = 1;
 const EXIT_CONFIGURATION: u8 = 2;
 const EXIT_IDENTITY_REFUSED: u8 = 3;
 const EXIT_STATE: u8 = 4;
 const EXIT_ROLLED_BACK: u8 = 5;
 const EXIT_REBOOT_DUE: u8 = 10;
-const EXIT_OTHER: u8 = 1;
 
 /// Runs the agent until it is stopped by SIGTERM or SIGINT or, with `once`, until nothing is left to do.
 pub fn run(config: &Path, once: bool) -> ExitCode {
-    let filter = EnvFilter::try_from_env("FWPUSH_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+    work(config, async |config, stop| lives(config, once, stop).await)
+}
+
+/// Loads the configuration, and does something with it until it ends or a signal stops it.
+fn work(
+    config: &Path,
+    work: impl AsyncFnOnce(&Config, &CancellationToken) -> Result<u8, ServiceError>,
+) -> ExitCode {
+    start_log();
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => return failed(&error, EXIT_CONFIGURATION),
@@ -49,25 +63,33 @@ pub fn run(config: &Path, once: bool) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return failed(&error, EXIT_OTHER),
     };
-    let code = runtime.block_on(Box::pin(serve(&config, once)));
+    let code = runtime.block_on(Box::pin(async {
+        let stop = CancellationToken::new();
+        if let Err(error) = stop_on_signals(&stop) {
+            return failed(&error, EXIT_OTHER);
+        }
+        match work(&config, &stop).await {
+            Ok(code) => ExitCode::from(code),
+            Err(ServiceError::Configuration(error)) => failed(&error, EXIT_CONFIGURATION),
+            Err(ServiceError::Agent(error)) => {
+                let code = error.exit_code();
+                failed(&error, code)
+            }
+        }
+    }));
     // A call into storage that hangs must not keep the process from ending.
     runtime.shutdown_background();
     code
 }
 
-async fn serve(config: &Config, once: bool) -> ExitCode {
-    let stop = CancellationToken::new();
-    if let Err(error) = stop_on_signals(&stop) {
-        return failed(&error, EXIT_OTHER);
-    }
-    match lives(config, once, &stop).await {
-        Ok(code) => ExitCode::from(code),
-        Err(ServiceError::Configuration(error)) => failed(&error, EXIT_CONFIGURATION),
-        Err(ServiceError::Agent(error)) => {
-            let code = error.exit_code();
-            failed(&error, code)
-        }
-    }
+fn start_log() {
+    let filter = EnvFilter::try_from_env("FWPUSH_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
 }
 
 #[derive(Debug)]
@@ -82,37 +104,17 @@ impl<E: Into<AgentError>> From<E> for ServiceError {
     }
 }
 
-/// One life of the agent after the other, with a reboot played in between.
+/// One life of the agent after the other, with a reboot between them where the bootloader is emulated.
 async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<u8, ServiceError> {
+    let notifier = Arc::new(Notifier::from_environment());
     let store = Arc::new(DirStore::open(&config.state_dir()).map_err(AgentError::from)?);
     check_state_place(&config.state_dir(), &config.slots()).map_err(AgentError::from)?;
     let mut slots = BoardSlots::open(config.slots(), stop).map_err(AgentError::from)?;
     loop {
-        let identity = config.identity().map_err(ServiceError::Configuration)?;
-        let mut settings = config.settings();
-        settings.once = once;
-        let mut agent = Agent::new(AgentParts {
-            settings,
-            credentials: identity.credentials,
-            node_ca: identity.node_ca,
-            first_root: identity.first_root,
-            slots,
-            store: store.clone(),
-            dial: Arc::new(TcpDial),
-            health: config.health(),
-            consent: always_consent(),
-            rng_seed: rand::random(),
-            observer: Arc::new(log),
-        })?;
-        let status = agent.status();
-        tracing::info!(
-            version = status.version.map(tracing::field::display),
-            slot = %status.slot,
-            confirmed = status.confirmed,
-            floor = status.floor,
-            "The agent has started."
-        );
-        let exit = agent.run(stop.clone()).await?;
+        let mut agent = agent(config, once, slots, store.clone(), observer(&notifier))?;
+        tell_started(&agent);
+        notifier.ready();
+        let exit = beside_watchdog(&notifier, agent.run(stop.clone())).await?;
         let code = match exit {
             Exit::Stopped | Exit::Idle => Some(0),
             Exit::RolledBack => Some(EXIT_ROLLED_BACK),
@@ -120,6 +122,9 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
             Exit::IdentityRefused(_) => Some(EXIT_IDENTITY_REFUSED),
             Exit::RebootDue => None,
         };
+        if code.is_some() {
+            notifier.stopping();
+        }
         // A command of the slots that is under way has been told to end; nothing of it must outlive the agent. Storage that
         // hangs is not waited for.
         let back = tokio::task::spawn_blocking(move || agent.into_slots());
@@ -127,17 +132,98 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
         if let Some(code) = code {
             return Ok(code);
         }
-        let Ok(Ok(Some(back))) = back else {
-            return Ok(EXIT_REBOOT_DUE);
+        let mut back = match back {
+            Ok(Ok(back)) => back,
+            _ => None,
         };
-        slots = back;
         // The bootloader of a bench. The next run is then the next boot.
-        let Some(slot) = slots.emulate_boot().map_err(AgentError::from)? else {
-            return Ok(EXIT_REBOOT_DUE);
+        let emulated = match &mut back {
+            Some(slots) => slots.emulate_boot().map_err(AgentError::from)?,
+            None => None,
         };
-        tracing::info!(%slot, "Rebooted (emulated).");
-        if once {
-            return Ok(EXIT_REBOOT_DUE);
+        if let Some(slot) = emulated {
+            tracing::info!(event = "reboot.emulated", %slot, "Rebooted (emulated).");
+        }
+        match (back, emulated) {
+            _ if once => return Ok(EXIT_REBOOT_DUE),
+            (Some(back), Some(_)) => slots = back,
+            _ => {
+                let reboot = config.reboot();
+                beside_watchdog(&notifier, reboot::reboot(&reboot, stop)).await;
+                return Ok(0);
+            }
+        }
+    }
+}
+
+fn agent<S: Slots>(
+    config: &Config,
+    once: bool,
+    slots: S,
+    store: Arc<DirStore>,
+    observer: Observer,
+) -> Result<Agent<S>, ServiceError> {
+    let identity = config.identity().map_err(ServiceError::Configuration)?;
+    let mut settings = config.settings();
+    settings.once = once;
+    Ok(Agent::new(AgentParts {
+        settings,
+        credentials: identity.credentials,
+        node_ca: identity.node_ca,
+        first_root: identity.first_root,
+        slots,
+        store,
+        dial: Arc::new(TcpDial),
+        health: config.health(),
+        consent: always_consent(),
+        rng_seed: rand::random(),
+        observer,
+    })?)
+}
+
+fn tell_started<S: Slots>(agent: &Agent<S>) {
+    let status = agent.status();
+    tracing::info!(
+        event = "agent.started",
+        agent = %crate::agent_version(),
+        version = status.version.map(tracing::field::display),
+        slot = %status.slot,
+        confirmed = status.confirmed,
+        floor = status.floor,
+        "The agent has started."
+    );
+}
+
+/// Logs what happens, and shows it in `systemctl status`.
+fn observer(notifier: &Arc<Notifier>) -> Observer {
+    let notifier = Arc::clone(notifier);
+    // A server that is away is said again and again; it is shown once.
+    let shown = Mutex::new(String::new());
+    Arc::new(move |event| {
+        log::log(&event);
+        let Some(line) = log::status_line(&event) else {
+            return;
+        };
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if *shown != line {
+            notifier.status(&line);
+            *shown = line;
+        }
+    })
+}
+
+/// Feeds systemd's watchdog from the task that does the work: when it is stuck, in a write of the state for one, nobody
+/// says that it is alive.
+async fn beside_watchdog<T>(notifier: &Notifier, work: impl Future<Output = T>) -> T {
+    let Some(interval) = notifier.watchdog_interval() else {
+        return work.await;
+    };
+    let mut beat = tokio::time::interval(interval.max(Duration::from_millis(1)));
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = beat.tick() => notifier.alive(),
         }
     }
 }
@@ -158,143 +244,4 @@ fn stop_on_signals(stop: &CancellationToken) -> std::io::Result<()> {
 fn failed(error: &(dyn std::error::Error + 'static), code: u8) -> ExitCode {
     eprintln!("fwpush-device: {}", error_text(error));
     ExitCode::from(code)
-}
-
-/// One line a phase, and what explains a phase that does not come.
-fn log(event: AgentEvent) {
-    match event {
-        AgentEvent::Connecting { server } => tracing::debug!(server, "Connecting."),
-        AgentEvent::Registered {
-            server,
-            session_id,
-            resumed,
-        } => {
-            tracing::info!(server, session.id = session_id, resumed, "Registered.");
-        }
-        AgentEvent::Disconnected { reason } => {
-            tracing::warn!(reason, "Not connected; trying again.")
-        }
-        AgentEvent::IdentityRefused { reason } => {
-            tracing::error!(
-                reason,
-                "The connection was refused for who we are or who they are; trying again."
-            );
-        }
-        AgentEvent::Notice { generation, action } => {
-            tracing::info!(generation, ?action, "A notice came.")
-        }
-        AgentEvent::Phase {
-            generation,
-            phase,
-            failure,
-        } => log_phase(generation, phase, failure),
-        AgentEvent::GroupRefused { index, message } => {
-            tracing::warn!(group = index, message, "A group was refused.")
-        }
-        AgentEvent::GroupsReused(groups) => {
-            tracing::info!(groups, "Some groups need not be fetched.")
-        }
-        AgentEvent::GroupWritten { index } => {
-            tracing::trace!(group = index, "A group was written.")
-        }
-        AgentEvent::Bytes(bytes) => tracing::trace!(bytes, "Bytes arrived."),
-        AgentEvent::Acked { upto_seq } => tracing::debug!(upto_seq, "Reports were acknowledged."),
-        AgentEvent::Text(text) => tracing::info!(text, "A message from the operator."),
-        AgentEvent::Presence {
-            client_id,
-            kind,
-            details,
-        } => {
-            tracing::info!(client_id, kind, details, "Another device.");
-        }
-        AgentEvent::Trust {
-            root_version,
-            revocation: (root, list),
-        } => {
-            tracing::info!(
-                root_version,
-                revocation = format!("{root}.{list}"),
-                "Trust documents were accepted."
-            );
-        }
-        AgentEvent::TrustRefused(failure) => {
-            tracing::warn!(
-                code = failure.code,
-                reason = failure.message,
-                "A trust document was refused."
-            );
-        }
-    }
-}
-
-fn log_phase(generation: u64, phase: Phase, failure: Option<Failure>) {
-    let (code, reason) = match failure {
-        Some(failure) => (Some(failure.code), Some(failure.message)),
-        None => (None, None),
-    };
-    match phase {
-        Phase::Failed | Phase::RolledBack | Phase::Rejected => {
-            tracing::error!(generation, %phase, code, reason, "The update ended.");
-        }
-        Phase::Succeeded => tracing::info!(generation, %phase, "The update ended."),
-        _ => tracing::info!(generation, %phase, code, reason, "The update goes on."),
-    }
-}
-
-/// Prints where the device stands, from its files alone.
-pub fn status(config: &Path, json: bool) -> ExitCode {
-    let config = match Config::load(config) {
-        Ok(config) => config,
-        Err(error) => return failed(&error, EXIT_CONFIGURATION),
-    };
-    let status = match read_status(&config) {
-        Ok(Some(status)) => status,
-        Ok(None) => {
-            eprintln!(
-                "fwpush-device: there is no readable state in {}",
-                config.state_dir().display()
-            );
-            return ExitCode::from(EXIT_STATE);
-        }
-        Err(error) => return failed(&error, EXIT_STATE),
-    };
-    let text = if json {
-        serde_json::to_string(&status).unwrap_or_default()
-    } else {
-        describe(&status)
-    };
-    println!("{text}");
-    ExitCode::SUCCESS
-}
-
-fn read_status(config: &Config) -> Result<Option<Status>, AgentError> {
-    let folder = config.state_dir();
-    let boot = config.slots().look()?;
-    let document = DirStore::look(&folder, Document::State)?;
-    let groups_written = DirStore::look_groups_written(&folder);
-    Ok(boot
-        .zip(document)
-        .and_then(|(boot, document)| Status::read(&document, &boot, groups_written)))
-}
-
-fn describe(status: &Status) -> String {
-    let version = status
-        .version
-        .as_ref()
-        .map_or("unknown".to_owned(), ToString::to_string);
-    let trial = if status.confirmed { "" } else { ", on trial" };
-    let phase = status
-        .phase
-        .map_or("none".to_owned(), |phase| phase.to_string());
-    let why = status
-        .error
-        .as_ref()
-        .map_or(String::new(), |failure| format!(" ({failure})"));
-    format!(
-        "runs {version} from slot {slot}{trial}\nlast update {phase}{why}, generation {generation}\nfloor {floor}, {groups} groups written",
-        slot = status.slot,
-        generation = status.generation,
-        floor = status.floor,
-        groups = status.groups_written,
-    )
 }

@@ -2,6 +2,7 @@
 
 mod agent_kills;
 mod bad_image;
+mod board;
 mod corruption;
 mod demo;
 mod download;

@@ -23,7 +23,9 @@ use crate::{
     settings::AgentSettings,
     slots::{SlotHandle, SlotId, Slots},
     store::{Document, Store, StoreError},
-    update::{Context, Failure, Now, Phase, Policy, Start, State, Updater, facts::DeviceFacts},
+    update::{
+        Context, Failure, Now, Phase, Policy, Stage, Start, State, Updater, facts::DeviceFacts,
+    },
 };
 
 /// `state.json`. Fields that a newer agent wrote are kept.
@@ -307,8 +309,12 @@ pub struct Status {
     pub confirmed: bool,
     /// Of the update under way, else of the last one.
     pub phase: Option<Phase>,
-    /// Why it was refused or failed.
+    /// Why it was refused, failed, or is put off.
     pub error: Option<Failure>,
+    /// Version that the update under way leads to.
+    pub target: Option<semver::Version>,
+    /// When an update that is put off is looked at again.
+    pub deferred_until: Option<Timestamp>,
     /// The newest generation observed.
     pub generation: u64,
     /// The lowest security counter that is installed.
@@ -327,7 +333,12 @@ impl Status {
     fn of(state: &State, boot: &crate::slots::BootView, groups_written: u64) -> Self {
         let image = boot.running_slot().image.as_ref();
         let outcome = state.outcome.as_ref();
-        let phase = state.update.as_ref().map(|update| update.stage.phase());
+        let update = state.update.as_ref();
+        let phase = update.map(|update| update.stage.phase());
+        let deferred = update.and_then(|update| match &update.stage {
+            Stage::Deferred { until, reason } => Some((*until, reason.clone())),
+            _ => None,
+        });
         Self {
             version: image.map(|image| image.version.clone()),
             release_id: image.and_then(|image| image.release_id),
@@ -335,9 +346,11 @@ impl Status {
             confirmed: boot.confirmed(),
             phase: phase.or(outcome.map(|outcome| outcome.phase)),
             error: match phase {
-                Some(_) => None,
+                Some(_) => deferred.as_ref().map(|(_, reason)| reason.clone()),
                 None => outcome.and_then(|outcome| outcome.failure.clone()),
             },
+            target: update.map(|update| update.image.version.clone()),
+            deferred_until: deferred.map(|(until, _)| until),
             generation: state.observed_generation,
             floor: state.floor,
             groups_written,
