@@ -24,23 +24,26 @@ use crate::{
 };
 
 mod owner;
+mod running;
 mod service;
 mod slots;
 mod transfer;
 
 use owner::{HooksSection, InstallSection, Problem, check_command, check_seconds};
+use running::{Running, RunningSection};
 pub use service::RebootSettings;
 use service::ServiceSection;
 use slots::SlotsSection;
 use transfer::TransferSection;
 
-/// A configuration file that was read and checked. What it names is not opened yet.
+/// A configuration file that was read and checked. What it names is not opened yet, but the file of `[running]`.
 #[derive(Debug, Clone)]
 pub struct Config {
     file: ConfigFile,
     path: PathBuf,
     transfer: TransferSettings,
     window: Option<Window>,
+    running: Running,
 }
 
 /// Certificates and the first root, read from where the configuration says.
@@ -105,14 +108,6 @@ struct IdentitySection {
     root: PathBuf,
 }
 
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RunningSection {
-    version: semver::Version,
-    #[serde(default)]
-    security_counter: u64,
-}
-
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct HealthSection {
@@ -122,7 +117,7 @@ struct HealthSection {
 }
 
 impl Config {
-    /// Reads and checks a file; opens nothing that it names.
+    /// Reads and checks a file; opens nothing that it names but `running.file`.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.into(),
@@ -173,6 +168,7 @@ impl Config {
         Ok(Self {
             transfer: file.transfer.settings()?,
             window: file.install.window()?,
+            running: file.running.read(path.parent().unwrap_or(Path::new("")))?,
             file,
             path: path.into(),
         })
@@ -189,8 +185,7 @@ impl Config {
         AgentSettings {
             channels: file.channels.clone(),
             attributes: file.attributes.clone(),
-            // The factory image passed the factory's tests: it is the first floor.
-            built_in_floor: file.running.security_counter,
+            built_in_floor: self.running.built_in_floor,
             trial_boots: file.slots.trial_boots(),
             transfer: self.transfer.clone(),
             hooks: file.hooks.hooks(),

@@ -10,8 +10,8 @@ use std::{
 };
 
 use fwpush_device::{
-    Bootloader, CommandLine, FileSlots, FileSlotsSettings, ImageFacts, SlotError, SlotId,
-    SlotState, Slots, SlotsSettings, check_state_place,
+    Bootloader, CommandLine, DirStore, Document, FileSlots, FileSlotsSettings, ImageFacts,
+    SlotError, SlotId, SlotState, Slots, SlotsSettings, Store as _, StoreError, check_state_place,
 };
 
 const SLOT_BYTES: u64 = 8 << 20;
@@ -24,6 +24,13 @@ struct Board {
 }
 
 struct LoopDevice(PathBuf);
+
+impl Drop for Board {
+    fn drop(&mut self) {
+        // A test that failed may have left it mounted.
+        let _ = run("umount", &[path_text(&self.folder.path().join("mnt"))]);
+    }
+}
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
@@ -291,4 +298,33 @@ fn state_on_a_slot_is_refused() {
         // The machine's own temporary directory may be in memory.
         assert!(error.to_string().contains("forget"), "{error}");
     }
+}
+
+/// Real storage that is full: the old documents stay, and it works again afterwards.
+#[test]
+fn state_on_a_full_file_system_keeps_what_it_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = path_text(folder.path());
+    if let Err(reason) = run("mount", &["-t", "tmpfs", "-o", "size=64k", "tmpfs", place]) {
+        println!("SKIPPED: no file system can be mounted here: {reason}");
+        return;
+    }
+    let story = || {
+        let store = DirStore::open(&folder.path().join("state"))?;
+        store.save(Document::State, b"old")?;
+        let filler = folder.path().join("filler");
+        let full = fs::write(&filler, vec![1; 1 << 17]).is_err();
+        let refused = store.save(Document::State, &[2; 20_000]).is_err();
+        let kept = store.load(Document::State)?;
+        fs::remove_file(&filler).unwrap();
+        store.save(Document::State, &[3; 20_000])?;
+        let last = store.load(Document::State)?;
+        Ok::<_, StoreError>((full, refused, kept, last))
+    };
+    let told = story();
+    run("umount", &[place]).unwrap();
+    let (full, refused, kept, last) = told.unwrap();
+    assert!(full && refused);
+    assert_eq!(kept.unwrap(), b"old");
+    assert_eq!(last.unwrap(), [3; 20_000]);
 }

@@ -3,6 +3,7 @@
 mod aborts;
 mod bench;
 mod board;
+mod commands;
 mod downloads;
 mod faults;
 mod floods;

@@ -204,8 +204,8 @@ impl Config {
     pub fn slots(&self) -> SlotsSettings {
         let first_image = ImageFacts {
             release_id: None,
-            version: self.file.running.version.clone(),
-            security_counter: self.file.running.security_counter,
+            version: self.running.version.clone(),
+            security_counter: self.running.security_counter,
             size: 0,
             blake3: None,
         };

@@ -162,3 +162,35 @@ fn commands_have_their_time_limits_and_their_places() {
         assert!(error.contains(key), "{error}");
     }
 }
+
+#[test]
+fn the_running_image_may_say_itself_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.toml");
+    let inline = "version = \"1.0.0\"\nsecurity_counter = 3";
+    assert!(WHOLE.contains(inline));
+    let with = |section: &str| Config::parse(&WHOLE.replace(inline, section), &path);
+    let error = |section: &str| error_text(&with(section).unwrap_err());
+    assert!(error("file = \"image.toml\"").contains("image.toml"));
+    let image = folder.path().join("image.toml");
+    std::fs::write(
+        &image,
+        "version = \"2.0.0\"\nsecurity_counter = 9\nbuilt_by = \"ci\"",
+    )
+    .unwrap();
+    let config = with("file = \"image.toml\"").unwrap();
+    let SlotsSettings::Files(slots) = config.slots() else {
+        panic!("not files")
+    };
+    assert_eq!(slots.first_image.version.to_string(), "2.0.0");
+    assert_eq!(slots.first_image.security_counter, 9);
+    assert_eq!(
+        config.settings().built_in_floor,
+        0,
+        "an image on trial is no floor"
+    );
+    std::fs::write(&image, "security_counter = 9").unwrap();
+    assert!(error("file = \"image.toml\"").contains("version"));
+    assert!(error("file = \"image.toml\"\nversion = \"1.0.0\"").contains("beside"));
+    assert!(error("").contains("needs version"));
+}

@@ -1,4 +1,9 @@
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use fwpush_keys::id::FileId;
 
@@ -312,7 +317,10 @@ fn a_command_past_its_time_is_asked_to_end_and_then_killed_with_all_it_started()
     );
     board.settings.commands.write.timeout = Duration::from_secs(3);
     let mut slots = board.open();
+    let begun = Instant::now();
     let error = error_text(&install(&mut slots).unwrap_err());
+    // By itself it would end after a thousand.
+    assert!(begun.elapsed() < Duration::from_secs(500));
     assert!(
         error.contains("within 3s") && error.contains("stuck in the flash"),
         "{error}"
