@@ -7,6 +7,7 @@ mod commands;
 mod downloads;
 mod faults;
 mod floods;
+mod idle;
 mod owner;
 mod power_cuts;
 mod server;

@@ -1,5 +1,6 @@
 //! The updater on a simulated device: told as stories, then driven at random.
 
+mod clocks;
 mod random;
 mod releases;
 mod stories;
