@@ -8,14 +8,14 @@
 # What a board may set before it runs this script:
 #   devtype, devnum   where the slots are; distro boot sets them         (mmc, 0)
 #   fw_ram            8 KiB and a little for the record                  (loadaddr)
-#   fw_start          first block of the record, in hex                  (the partition named fwpush-record)
+#   fw_start          first block of the record, in hex                  (the partition named bootrec)
 #   fw_boot           boots ${fw_slot}, returns if it cannot             (a FIT image from the partition named rootfs-a or -b)
 #   fw_none           what to do when nothing may be booted              (nothing: ends up at the prompt)
 
 test -n "${devtype}" || setenv devtype mmc
 test -n "${devnum}" || setenv devnum 0
 test -n "${fw_ram}" || setenv fw_ram ${loadaddr}
-test -n "${fw_start}" || part start ${devtype} ${devnum} fwpush-record fw_start
+test -n "${fw_start}" || part start ${devtype} ${devnum} bootrec fw_start
 test -n "${fw_boot}" || setenv fw_boot 'part number ${devtype} ${devnum} rootfs-${fw_slot} fw_part; setenv bootargs ${bootargs} root=PARTLABEL=rootfs-${fw_slot} fwpush.slot=${fw_slot}; load ${devtype} ${devnum}:${fw_part} ${kernel_addr_r} /boot/fitImage && bootm ${kernel_addr_r}'
 
 setexpr fw_copy2 ${fw_ram} + 1000
