@@ -153,7 +153,7 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
 fn read_state(store: &dyn Store) -> Result<(StateDocument, bool), StoreError> {
     let new = || StateDocument {
         not_earlier_than: None,
-        state: State::new(format!("{:032x}", rand::random::<u128>())),
+        state: State::new(new_state_id()),
         unknown: serde_json::Map::new(),
     };
     let Some(bytes) = store.load(Document::State)? else {
@@ -161,6 +161,13 @@ fn read_state(store: &dyn Store) -> Result<(StateDocument, bool), StoreError> {
     };
     match serde_json::from_slice(&bytes) {
         Ok(document) => Ok((document, false)),
+        Err(error) if let Some(document) = salvage(&bytes) => {
+            tracing::warn!(
+                error = error_text(&error),
+                "Parts of the state document cannot be read; they are left out."
+            );
+            Ok((document, true))
+        }
         Err(error) => {
             tracing::warn!(
                 error = error_text(&error),
@@ -169,6 +176,28 @@ fn read_state(store: &dyn Store) -> Result<(StateDocument, bool), StoreError> {
             Ok((new(), true))
         }
     }
+}
+
+/// What can be read of a document of which a part cannot: a newer agent may have written it, before this one came back with
+/// the image that it belongs to. The parts are given up one after the other, the least missed first.
+fn salvage(bytes: &[u8]) -> Option<StateDocument> {
+    let mut fields: serde_json::Map<_, _> = serde_json::from_slice(bytes).ok()?;
+    let fresh = serde_json::to_value(State::new(new_state_id())).ok()?;
+    for part in ["failed", "installs", "outcome", "update", "outbox"] {
+        fields.insert(part.to_owned(), fresh.get(part)?.clone());
+        if part == "outbox" {
+            // The numbers of reports begin anew, which needs another name.
+            fields.insert("state_id".to_owned(), fresh.get("state_id")?.clone());
+        }
+        if let Ok(document) = serde_json::from_value(fields.clone().into()) {
+            return Some(document);
+        }
+    }
+    None
+}
+
+fn new_state_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
 }
 
 /// The effective root is the highest of the built-in one and those kept; everything kept is verified again.

@@ -291,6 +291,42 @@ async fn garbage_for_state_is_replaced_and_the_floor_comes_from_the_boot_record(
 }
 
 #[tokio::test]
+async fn of_a_state_that_a_newer_agent_wrote_all_is_kept_that_can_be_read() {
+    let bench = Bench::new();
+    bench.release(1, "1.1.0", &image(1, 0));
+    bench.run_until(ended).await;
+    let read = || -> serde_json::Value {
+        serde_json::from_slice(&bench.store.load(Document::State).unwrap().unwrap()).unwrap()
+    };
+    let save = |state: &serde_json::Value| {
+        let text = state.to_string();
+        bench.store.save(Document::State, text.as_bytes()).unwrap();
+    };
+    let old = read();
+    // A stage that this agent does not know.
+    let mut state = old.clone();
+    state["update"]["stage"] = serde_json::json!({"hovering": {"metres": 3}});
+    save(&state);
+    let status = bench.agent(|_| {}).status();
+    assert_eq!(status.state_id, old["state_id"].as_str().unwrap());
+    assert_eq!(
+        (status.generation, status.phase, status.floor),
+        (1, None, 1)
+    );
+    assert_eq!(
+        status.unacknowledged,
+        old["outbox"]["kept"].as_array().unwrap().len()
+    );
+    // A report that it does not know: numbers may not be given out twice under one name.
+    let mut state = old.clone();
+    state["outbox"]["kept"] = serde_json::json!([{"seq": 1, "kind": "song"}]);
+    save(&state);
+    let status = bench.agent(|_| {}).status();
+    assert_ne!(status.state_id, old["state_id"].as_str().unwrap());
+    assert_eq!((status.generation, status.floor), (1, 1));
+}
+
+#[tokio::test]
 async fn fields_of_a_newer_agent_survive_this_one() {
     let bench = Bench::new();
     let noticed = |event: &AgentEvent| matches!(event, AgentEvent::Registered { .. });
