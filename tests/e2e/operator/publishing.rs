@@ -15,20 +15,27 @@ use std::{
 
 use bytes::Bytes;
 use fwpush_keys::{Component, FileId, Release, ReleaseId, SigningKey, Timestamp};
-use fwpush_proto::v1::{GetUploadRequest, PublishReleaseRequest};
+use fwpush_proto::v1::{
+    GetUploadRequest, PublishReleaseRequest, UploadChunk, UploadStatus,
+    admin_service_client::AdminServiceClient,
+};
 use fwpush_tests::{
     offline::{HOUR, Offline, signed},
     process::{Process, run},
     site::{HW, PRODUCT, Site, random_bytes},
-    wait::until,
+    wait::{LONG, until},
 };
 use rustix::process::Signal;
 use sha2::{Digest as _, Sha256};
 use tokio::{
     io::{AsyncReadExt as _, copy},
     net::{TcpListener, TcpStream},
+    sync::mpsc,
     task::JoinHandle,
+    time::timeout,
 };
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status, transport::Channel};
 
 use super::{expect_failure, expect_usage, text};
 
@@ -170,10 +177,10 @@ async fn what_is_not_a_proper_release_is_refused_in_words_by_command_and_server(
         assert!(
             matches!(
                 status.code(),
-                tonic::Code::PermissionDenied
-                    | tonic::Code::InvalidArgument
-                    | tonic::Code::FailedPrecondition
-                    | tonic::Code::AlreadyExists
+                Code::PermissionDenied
+                    | Code::InvalidArgument
+                    | Code::FailedPrecondition
+                    | Code::AlreadyExists
             ),
             "{what}: {status:?}"
         );
@@ -366,6 +373,73 @@ async fn an_upload_whose_line_died_unnoticed_goes_on_at_once_where_it_stopped() 
         fs::read(stored).unwrap() == fs::read(&image).unwrap(),
         "the server's copy is another"
     );
+}
+
+/// Opens an upload that brings `content` and says nothing more for as long as the sender lives.
+fn upload(
+    admin: &AdminServiceClient<Channel>,
+    content: &[u8],
+    size: u64,
+) -> (
+    mpsc::Sender<UploadChunk>,
+    JoinHandle<Result<UploadStatus, Status>>,
+) {
+    let (send, chunks) = mpsc::channel(1);
+    let chunk = UploadChunk {
+        file_id: FileId::of(content).to_string(),
+        size,
+        offset: 0,
+        content: Bytes::copy_from_slice(content),
+    };
+    send.try_send(chunk).unwrap();
+    let mut admin = admin.clone();
+    let call = tokio::spawn(async move {
+        let answer = admin.upload_file(ReceiverStream::new(chunks)).await;
+        answer.map(tonic::Response::into_inner)
+    });
+    (send, call)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn uploads_that_stall_hold_their_places_for_a_minute_and_no_longer() {
+    let site = Site::started();
+    let admin = site.admin().await;
+    let stalled: Vec<_> = (0..4_u8).map(|n| upload(&admin, &[n; 100], 200)).collect();
+    until("all places taken", || {
+        let mut admin = admin.clone();
+        async move {
+            let mut received = Vec::new();
+            for n in 0..4_u8 {
+                let file_id = FileId::of(&[n; 100]).to_string();
+                let request = GetUploadRequest { file_id, size: 200 };
+                received.push(
+                    admin
+                        .get_upload(request)
+                        .await
+                        .unwrap()
+                        .into_inner()
+                        .received,
+                );
+            }
+            if received == [100; 4] {
+                Ok(())
+            } else {
+                Err(received)
+            }
+        }
+    })
+    .await;
+    let (_send, refused) = upload(&admin, b"whole", 5);
+    let refused = refused.await.unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.metadata().contains_key("retry-after-ms"));
+    for (_send, call) in stalled {
+        let ended = timeout(LONG, call).await.expect("it ends").unwrap();
+        assert_eq!(ended.unwrap_err().code(), Code::DeadlineExceeded);
+    }
+    let (send, call) = upload(&admin, b"whole", 5);
+    drop(send);
+    assert!(call.await.unwrap().unwrap().complete);
 }
 
 #[test]
