@@ -58,8 +58,8 @@ struct Moment {
 impl Moment {
     /// Whether a line of the log shows that the update is at this moment or past it.
     fn is_reached_by(&self, line: &str) -> bool {
-        match line.split_once("A group was written. group=") {
-            Some((_, index)) => index.trim().parse::<u64>().unwrap() >= self.at,
+        match field(line, "A group was written.", "group") {
+            Some(index) => index >= self.at,
             None => LATE
                 .iter()
                 .zip(GROUPS..)
@@ -195,12 +195,19 @@ fn file_ack(state: &Value) -> Option<u64> {
 
 /// The highest report that a log calls acknowledged.
 fn acknowledged(log: &[String]) -> u64 {
-    let seqs = log
-        .iter()
-        .filter_map(|line| line.split_once("Reports were acknowledged. upto_seq="));
-    seqs.map(|(_, seq)| seq.trim().parse().unwrap())
+    log.iter()
+        .filter_map(|line| field(line, "Reports were acknowledged.", "upto_seq"))
         .max()
         .unwrap_or(0)
+}
+
+/// A number that a line of the log gives behind its words.
+fn field(line: &str, words: &str, name: &str) -> Option<u64> {
+    let (_, fields) = line.split_once(words)?;
+    let value = fields
+        .split_whitespace()
+        .find_map(|field| field.strip_prefix(name)?.strip_prefix('='));
+    Some(value.unwrap().parse().unwrap())
 }
 
 #[test]

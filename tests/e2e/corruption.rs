@@ -393,7 +393,10 @@ async fn a_group_that_rots_while_the_device_is_off_is_fetched_again() {
         .say(ToDevice::FileNotice(notice.clone()))
         .await;
     let device = scene.device.agent();
-    let (third, _) = device.line_after(0, "A group was written. group=2");
+    let (third, _) = device.line_after(
+        0,
+        "A group was written. event=\"transfer.group-written\" group=2",
+    );
     assert!(third > 0);
     scene.device.kill();
     flip(&scene.device.slot_path("b"), GROUP_BYTES + 9);

@@ -82,6 +82,16 @@ impl Board {
         slots.mark_trial(&image("1.1.0"), tries).unwrap();
     }
 
+    fn copy(&self, number: usize) -> Vec<u8> {
+        fs::read(self.path("disk")).unwrap()[number * 4096..][..512].to_vec()
+    }
+
+    /// The copy with the higher sequence, and its number.
+    fn newest_copy(&self) -> (usize, Vec<u8>) {
+        let copies = [0, 1].map(|number| (number, self.copy(number)));
+        copies.into_iter().max_by_key(|(_, copy)| copy[8]).unwrap()
+    }
+
     fn state(&self, slot: SlotId) -> SlotState {
         self.slots().view().unwrap().slot(slot).state
     }
@@ -220,7 +230,10 @@ fn a_trial_is_counted_down_in_the_record_and_the_confirmed_slot_comes_back() {
     assert_eq!(board.boots(), "a");
     board.install(2);
     for left in [1, 0] {
+        let before = board.newest_copy();
         assert_eq!(board.boots(), "b");
+        // A cut during the write leaves the record that was in force.
+        assert_eq!(before.1, board.copy(before.0), "it is not written in place");
         let state = board.state(SlotId::B);
         assert_eq!(state, SlotState::Trial { tries_left: left });
     }
