@@ -345,6 +345,8 @@ impl<S: Slots> Agent<S> {
                         return Ok(Exit::IdentityRefused(reason));
                     }
                     Some(event) => self.on_link_event(event, wires),
+                    // The same signal ends the link, and its end may be seen first.
+                    None if stop.is_cancelled() => return Ok(Exit::Stopped),
                     None => return Err(AgentError::LinkEnded),
                 },
                 Some(ended) = wires.jobs.join_next() => self.on_job_end(ended, wires),

@@ -365,6 +365,26 @@ async fn an_idle_agent_does_not_write_its_state() {
     assert_eq!(again.store.load(Document::State).unwrap(), before);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_is_stopped_has_not_failed() {
+    // Whether the end of its link or the order to stop is seen first is chance.
+    for _ in 0..100 {
+        let bench = Bench::new();
+        let (registered_tx, mut registered) = tokio::sync::mpsc::unbounded_channel();
+        let mut agent = bench.agent(move |event| {
+            if matches!(event, AgentEvent::Registered { .. }) {
+                let _ = registered_tx.send(());
+            }
+        });
+        let stop = tokio_util::sync::CancellationToken::new();
+        let stopped = stop.clone();
+        let run = tokio::spawn(async move { agent.run(stopped).await });
+        registered.recv().await.unwrap();
+        stop.cancel();
+        assert_eq!(run.await.unwrap().unwrap(), Exit::Stopped);
+    }
+}
+
 #[tokio::test]
 async fn a_stopped_agent_gives_its_slots_back() {
     let bench = Bench::new();
