@@ -63,10 +63,8 @@ impl Reference {
         let stored = store
             .get(file)
             .map_err(|error| anyhow::anyhow!(error_text(&error)))?;
-        let file = stored
-            .context("the file is not in the store")?
-            .content
-            .clone();
+        let content = &stored.context("the file is not in the store")?.content;
+        let file = content.slice(0..content.len())?;
         Ok(Self {
             tls: TlsAcceptor::from(Arc::new(tls)),
             file,
