@@ -88,7 +88,7 @@ async fn an_unknown_a_revoked_and_an_expired_release_and_an_odd_target_start_not
         .await
         .unwrap_err();
     assert!(
-        matches!(&refused, RolloutError::Conflict(words) if words.contains("expired at")),
+        matches!(&refused, RolloutError::Ended(words) if words.contains("expired at")),
         "{refused}"
     );
     let fine = bench.publish("1.3.0").await;
