@@ -30,6 +30,7 @@ fn run(program: &str, arguments: &[&str], folder: &Path) -> Vec<u8> {
         .args(arguments)
         .current_dir(folder)
         .env("TERM", "vt100")
+        .env("SHELL", "/bin/sh")
         .stdin(std::process::Stdio::null())
         .output()
         .unwrap();
@@ -95,11 +96,17 @@ impl Board {
             format!("(hd0) {}\n", disk.display()),
         )
         .unwrap();
+        // GRUB sets up its terminal, which stops a process that is not in the terminal's foreground group. So nothing stands
+        // between it and `script`: no `timeout`, and no shell, whichever `SHELL` names.
         let command = format!(
-            "timeout 60 grub-emu -m device.map -r host -d {}",
+            "exec grub-emu -m device.map -r host -d {}",
             folder.display()
         );
-        let said = run("script", &["-qec", &command, "/dev/null"], folder);
+        let said = run(
+            "timeout",
+            &["60", "script", "-qec", &command, "/dev/null"],
+            folder,
+        );
         let said = String::from_utf8_lossy(&said).into_owned();
         let line = said
             .lines()
