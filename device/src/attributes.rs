@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use fwpush_keys::error_text;
 use tokio::time::{Instant, timeout_at};
 
 use crate::{limits, program::Program};
@@ -95,16 +96,12 @@ fn programs(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 async fn ask(path: &Path) -> Result<Attributes, String> {
     let argv = [path.to_str().ok_or("its name is not UTF-8")?.to_owned()];
-    let program = Program {
-        argv: &argv,
-        environment: Vec::new(),
-        timeout: limits::ATTRIBUTES_TIMEOUT,
-    };
-    let ended = program.run().await.map_err(|error| error.to_string())?;
+    let program = Program::new(&argv, Vec::new(), limits::ATTRIBUTES_TIMEOUT);
+    let ended = program.run().await.map_err(|error| error_text(&error))?;
     if !ended.status.success() {
         return Err(format!("it ended with {}", ended.explain()));
     }
-    parse(&ended.stdout)
+    parse(&ended.answer())
 }
 
 /// Lines `key=value`; empty ones are passed over.

@@ -2,6 +2,8 @@
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
+use fwpush_keys::error_text;
+
 use crate::{limits, program::Program, slots::SlotId};
 
 /// How the agent finds out whether an image on trial is good.
@@ -83,15 +85,10 @@ async fn run_command(argv: &[String], timeout: Duration, subject: &HealthSubject
     if let Some(image) = &subject.image {
         environment.push(("FWPUSH_IMAGE", image.into()));
     }
-    let program = Program {
-        argv,
-        environment,
-        timeout,
-    };
-    match program.run().await {
+    match Program::new(argv, environment, timeout).run().await {
         Ok(ended) if ended.status.success() => Verdict::Healthy,
         Ok(ended) => Verdict::Unhealthy(format!("the health check ended with {}", ended.explain())),
-        Err(error) => Verdict::Unhealthy(format!("the health check {error}")),
+        Err(error) => Verdict::Unhealthy(format!("the health check {}", error_text(&error))),
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
+use fwpush_keys::error_text;
+
 use crate::{
     limits,
     program::{Ended, Program},
@@ -73,7 +75,7 @@ impl Hooks {
             Ok(ended) => answer(name, &ended),
             Err(error) => Consent::Refuse(Failure::new(
                 "HOOK_REJECTED",
-                format!("the hook {name}: {error}"),
+                format!("the hook {name}: {}", error_text(&error)),
             )),
         }
     }
@@ -87,7 +89,7 @@ impl Hooks {
         let complaint = match program.run().await {
             Ok(ended) if ended.status.success() => return,
             Ok(ended) => ended.explain(),
-            Err(error) => error.to_string(),
+            Err(error) => error_text(&error),
         };
         tracing::warn!(
             event = "hook.failed",
@@ -104,11 +106,7 @@ impl Hooks {
         offer: &Offer,
         around: &Surroundings,
     ) -> Program<'a> {
-        Program {
-            argv,
-            environment: facts(name, offer, around),
-            timeout: self.timeout,
-        }
+        Program::new(argv, facts(name, offer, around), self.timeout)
     }
 }
 
@@ -148,7 +146,8 @@ fn answer(name: &'static str, ended: &Ended) -> Consent {
     match ended.status.code() {
         Some(0) => Consent::Go,
         Some(EXIT_DEFER) => {
-            let first = ended.stdout.split_whitespace().next();
+            let answer = ended.answer();
+            let first = answer.split_whitespace().next();
             let wait = first
                 .and_then(|word| word.parse().ok())
                 .map_or(limits::HOOK_DEFER_DEFAULT, Duration::from_secs)

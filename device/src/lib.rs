@@ -31,6 +31,7 @@ pub use agent::{
 pub use channel::{Dial, Dialling, Io, TcpDial};
 pub use config::{Config, ConfigError};
 pub use health::{Health, HealthCheck, HealthSubject, Verdict};
+pub use program::ProgramError;
 pub use settings::{AgentSettings, ReconnectSettings, TransferSettings};
 pub use slots::{
     BoardSlots, BootRecord, BootView, Bootloader, CommandLine, CommandSlots, CommandSlotsSettings,

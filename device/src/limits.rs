@@ -229,15 +229,14 @@ pub const SLOT_COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
 pub const SLOT_WRITE_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// The longest that a configuration may allow.
 pub const SLOT_COMMAND_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// What `status` may print: six short lines and comments.
+/// What `status` may print: six short lines and comments. Less than [`PROGRAM_STDOUT_BYTES`], so that more is seen to be more.
 pub const COMMAND_STDOUT_BYTES: usize = 4 * 1024;
-/// The last words of a command that failed; what a report can carry.
-pub const COMMAND_STDERR_BYTES: usize = 1024;
 /// From SIGTERM to SIGKILL: to unmount and to write down where it stands.
 pub const COMMAND_TERM_GRACE: Duration = Duration::from_secs(5);
-/// For the slots to come to rest when the agent ends: a command's grace, twice for its pipes, and a moment.
+/// For the slots to come to rest when the agent ends: a command's grace, [`PROGRAM_PIPE_WAIT`] for its end and its pipes, and
+/// a moment.
 pub const SLOTS_END: Duration = Duration::from_secs(20);
 /// Where the agent's own environment has no `PATH`.
-pub const COMMAND_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub const PROGRAM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Left free beside a staged image: each document of the state is written beside its old one.
 pub const STAGING_RESERVE_BYTES: u64 = 1024 * 1024;

@@ -5,6 +5,7 @@ use std::{
     time::Duration,
 };
 
+use fwpush_keys::error_text;
 use tokio::time::Instant;
 
 use crate::{limits, program::Program};
@@ -45,17 +46,13 @@ impl Metered {
         {
             return metered;
         }
-        let program = Program {
-            argv: &self.argv,
-            environment: Vec::new(),
-            timeout: limits::METERED_TIMEOUT,
-        };
+        let program = Program::new(&self.argv, Vec::new(), limits::METERED_TIMEOUT);
         let metered = match program.run().await {
             Ok(ended) => ended.status.success(),
             Err(error) => {
                 tracing::warn!(
                     event = "metered.failed",
-                    reason = error.to_string(),
+                    reason = error_text(&error),
                     "Whether the link is metered could not be asked; it is taken for one that is not."
                 );
                 false

@@ -1,11 +1,15 @@
-//! Programs of the device's owner: the health check, hooks, and what is asked about the link and the device.
+//! Programs of the device's owner: the health check, hooks, the slots' commands, and what is asked about the link and the
+//! device.
 //!
-//! No shell. A program gets its own process group, nothing on standard input, and the agent's environment without what
-//! systemd meant for the agent alone. At its time limit, or when nobody waits any more, the whole group is killed.
+//! No shell. A program gets its own process group, and nothing of what systemd meant for the agent alone. At its time limit,
+//! when the agent stops, or when nobody waits any more, the whole group is killed; what a program leaves running is killed
+//! when it ends.
 
 use std::{
     ffi::OsString,
-    fmt, io,
+    fmt,
+    fs::File,
+    io,
     process::{ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -15,8 +19,11 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _},
+    process::{Child, Command},
     task::JoinHandle,
+    time::{sleep, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::{limits, words::printable};
 
@@ -31,12 +38,27 @@ const NOT_FOR_CHILDREN: [&str; 6] = [
 ];
 
 /// What is to be run.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Program<'a> {
-    /// The program and its arguments, as they are.
+    /// The program, absolute or found in `PATH`, and its arguments, as they are.
     pub argv: &'a [String],
+    /// Beside what it inherits.
     pub environment: Vec<(&'static str, OsString)>,
+    pub inherits: Inherits,
+    /// Its standard input; without one it is `/dev/null`.
+    pub input: Option<File>,
     pub timeout: Duration,
+    /// From SIGTERM to SIGKILL, when it is not done in time; zero for SIGKILL at once.
+    pub grace: Duration,
+}
+
+/// What a program has from the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Inherits {
+    /// Its directory, and its environment without what systemd meant for the agent alone.
+    Environment,
+    /// `PATH`; it begins in `/`.
+    Path,
 }
 
 /// How a program ended within its time.
@@ -44,33 +66,40 @@ pub(crate) struct Program<'a> {
 pub(crate) struct Ended {
     pub status: ExitStatus,
     /// The first [`limits::PROGRAM_STDOUT_BYTES`].
-    pub stdout: String,
+    pub stdout: Vec<u8>,
     /// The last [`limits::PROGRAM_STDERR_BYTES`].
     pub stderr: String,
 }
 
 /// Why there is no exit status.
 #[derive(Debug, Error)]
-pub(crate) enum ProgramError {
+pub enum ProgramError {
     #[error("no program is named")]
     Empty,
-    #[error("{program:?} could not be started: {source}")]
+    #[error("{program:?} could not be started")]
     Start { program: String, source: io::Error },
-    #[error("{program:?} could not be waited for: {source}")]
+    #[error("{program:?} could not be waited for")]
     Wait { program: String, source: io::Error },
     /// `stderr`: what it had said, with a colon and a space before it.
-    #[error("{program:?} did not end within {timeout:?}{stderr}")]
+    #[error("{program:?} did not end within {timeout:?} and was killed{stderr}")]
     Timeout {
         program: String,
         timeout: Duration,
         stderr: String,
     },
+    #[error("{program:?} was killed because the agent is stopping")]
+    Stopped { program: String },
 }
 
 impl Ended {
     /// How it ended and what it said about it.
     pub(crate) fn explain(&self) -> String {
         format!("{}{}", self.status, said(&self.stderr))
+    }
+
+    /// What it printed, fit for a terminal.
+    pub(crate) fn answer(&self) -> String {
+        printable(&String::from_utf8_lossy(&self.stdout), usize::MAX)
     }
 }
 
@@ -84,44 +113,66 @@ fn said(stderr: &str) -> String {
 /// Kills what is left of a process group.
 struct Group(Option<Pid>);
 
-impl Drop for Group {
-    fn drop(&mut self) {
+impl Group {
+    fn of(child: &Child) -> Self {
+        let id = child.id().and_then(|id| i32::try_from(id).ok());
+        Self(id.and_then(Pid::from_raw))
+    }
+
+    fn signal(&self, signal: Signal) {
         if let Some(group) = self.0 {
             // Gone already: nothing to do.
-            let _ = kill_process_group(group, Signal::KILL);
+            let _ = kill_process_group(group, signal);
         }
     }
 }
 
-impl Program<'_> {
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+/// Why a program is not waited for any longer.
+enum End {
+    Exited(io::Result<ExitStatus>),
+    Late,
+    Stopped,
+}
+
+impl<'a> Program<'a> {
+    /// One that has the agent's environment and more, and is killed at its time limit.
+    pub(crate) fn new(
+        argv: &'a [String],
+        environment: Vec<(&'static str, OsString)>,
+        timeout: Duration,
+    ) -> Self {
+        Self {
+            argv,
+            environment,
+            inherits: Inherits::Environment,
+            input: None,
+            timeout,
+            grace: Duration::ZERO,
+        }
+    }
+
     /// Runs it to its end or its time limit; never much longer. Killed with its group when the future is dropped.
     pub(crate) async fn run(self) -> Result<Ended, ProgramError> {
-        let Some((program, arguments)) = self.argv.split_first() else {
-            return Err(ProgramError::Empty);
+        self.run_until(&CancellationToken::new()).await
+    }
+
+    /// As [`Program::run`], and no longer than until `stop`.
+    pub(crate) async fn run_until(
+        mut self,
+        stop: &CancellationToken,
+    ) -> Result<Ended, ProgramError> {
+        let program = self.argv.first().ok_or(ProgramError::Empty)?.clone();
+        let mut child = match self.spawn() {
+            Ok(child) => child,
+            Err(source) => return Err(ProgramError::Start { program, source }),
         };
-        let mut command = tokio::process::Command::new(program);
-        command
-            .args(arguments)
-            .envs(self.environment)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .process_group(0)
-            .kill_on_drop(true);
-        for name in NOT_FOR_CHILDREN {
-            command.env_remove(name);
-        }
-        let program = || program.clone();
-        let mut child = command.spawn().map_err(|source| ProgramError::Start {
-            program: program(),
-            source,
-        })?;
-        let group = Group(
-            child
-                .id()
-                .and_then(|id| i32::try_from(id).ok())
-                .and_then(Pid::from_raw),
-        );
+        let group = Group::of(&child);
         let stdout = Heard::listen(
             child.stdout.take(),
             Keep::First(limits::PROGRAM_STDOUT_BYTES),
@@ -130,26 +181,59 @@ impl Program<'_> {
             child.stderr.take(),
             Keep::Last(limits::PROGRAM_STDERR_BYTES),
         );
-        let finished = tokio::time::timeout(self.timeout, child.wait()).await;
+        let end = tokio::select! {
+            status = child.wait() => End::Exited(status),
+            () = sleep(self.timeout) => End::Late,
+            () = stop.cancelled() => End::Stopped,
+        };
+        if !matches!(end, End::Exited(_)) && !self.grace.is_zero() {
+            group.signal(Signal::TERM);
+            let _ = timeout(self.grace, child.wait()).await;
+        }
         // Whatever it left running must not outlive it; it also holds the pipes open.
         drop(group);
+        // No zombie stays; but one that hangs in the kernel is not waited for.
+        let _ = timeout(limits::PROGRAM_PIPE_WAIT, child.wait()).await;
         let (stdout, stderr) = (stdout.end().await, stderr.end().await);
-        match finished {
-            Ok(Ok(status)) => Ok(Ended {
+        let stderr = printable(&String::from_utf8_lossy(&stderr), usize::MAX);
+        match end {
+            End::Exited(Ok(status)) => Ok(Ended {
                 status,
                 stdout,
                 stderr,
             }),
-            Ok(Err(source)) => Err(ProgramError::Wait {
-                program: program(),
-                source,
-            }),
-            Err(_) => Err(ProgramError::Timeout {
-                program: program(),
+            End::Exited(Err(source)) => Err(ProgramError::Wait { program, source }),
+            End::Late => Err(ProgramError::Timeout {
+                program,
                 timeout: self.timeout,
                 stderr: said(&stderr),
             }),
+            End::Stopped => Err(ProgramError::Stopped { program }),
         }
+    }
+
+    fn spawn(&mut self) -> io::Result<Child> {
+        let mut command = Command::new(&self.argv[0]);
+        match self.inherits {
+            Inherits::Environment => {
+                for name in NOT_FOR_CHILDREN {
+                    command.env_remove(name);
+                }
+            }
+            Inherits::Path => {
+                let path = std::env::var_os("PATH").unwrap_or_else(|| limits::PROGRAM_PATH.into());
+                command.env_clear().env("PATH", path).current_dir("/");
+            }
+        }
+        command
+            .args(&self.argv[1..])
+            .envs(self.environment.drain(..))
+            .stdin(self.input.take().map_or_else(Stdio::null, Stdio::from))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
     }
 }
 
@@ -204,15 +288,15 @@ impl Heard {
     }
 
     /// What was said until the pipe was closed; or, where a process that left the group keeps it open, until now.
-    async fn end(mut self) -> String {
-        if tokio::time::timeout(limits::PROGRAM_PIPE_WAIT, &mut self.reader)
+    async fn end(mut self) -> Vec<u8> {
+        if timeout(limits::PROGRAM_PIPE_WAIT, &mut self.reader)
             .await
             .is_err()
         {
             self.reader.abort();
         }
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        printable(&String::from_utf8_lossy(&kept), usize::MAX)
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut kept)
     }
 }
 
@@ -228,12 +312,8 @@ mod tests {
 
     async fn shell(script: &str, timeout: Duration) -> Result<Ended, ProgramError> {
         let argv = ["sh", "-c", script].map(String::from);
-        let program = Program {
-            argv: &argv,
-            environment: vec![("FWPUSH_WORD", "a b".into())],
-            timeout,
-        };
-        program.run().await
+        let environment = vec![("FWPUSH_WORD", "a b".into())];
+        Program::new(&argv, environment, timeout).run().await
     }
 
     const LONG: Duration = Duration::from_secs(60);
@@ -243,7 +323,7 @@ mod tests {
         let script = r#"printf '%s' "$FWPUSH_WORD"; yes | head -c 1000000; yes no | head -c 1000000 >&2; printf 'the end\033' >&2; exit 3"#;
         let ended = shell(script, LONG).await.unwrap();
         assert_eq!(ended.status.code(), Some(3));
-        assert!(ended.stdout.starts_with("a by"), "{}", ended.stdout);
+        assert!(ended.answer().starts_with("a by"), "{}", ended.answer());
         assert_eq!(ended.stdout.len(), limits::PROGRAM_STDOUT_BYTES);
         assert!(
             ended.stderr.ends_with("the end\u{fffd}"),
@@ -267,7 +347,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("did not end within 300ms: waiting"),
+                .contains("did not end within 300ms and was killed: waiting"),
             "{error}"
         );
         let child = std::fs::read_to_string(&file).unwrap();
@@ -311,11 +391,7 @@ mod tests {
     #[tokio::test]
     async fn a_program_that_cannot_start_is_named() {
         let argv = ["/does/not/exist".to_owned()];
-        let program = Program {
-            argv: &argv,
-            environment: Vec::new(),
-            timeout: LONG,
-        };
+        let program = Program::new(&argv, Vec::new(), LONG);
         let error = program.run().await.unwrap_err();
         assert!(error.to_string().contains("/does/not/exist"), "{error}");
     }

@@ -1,5 +1,6 @@
 //! The reboot that is due.
 
+use fwpush_keys::error_text;
 use tokio_util::sync::CancellationToken;
 
 use crate::{config::RebootSettings, program::Program};
@@ -9,11 +10,7 @@ use crate::{config::RebootSettings, program::Program};
 pub(super) async fn reboot(settings: &RebootSettings, stop: &CancellationToken) {
     loop {
         tracing::info!(event = "reboot.due", command = ?settings.command, "Rebooting.");
-        let program = Program {
-            argv: &settings.command,
-            environment: Vec::new(),
-            timeout: settings.timeout,
-        };
+        let program = Program::new(&settings.command, Vec::new(), settings.timeout);
         let Some(ended) = stop.run_until_cancelled(program.run()).await else {
             return;
         };
@@ -26,7 +23,7 @@ pub(super) async fn reboot(settings: &RebootSettings, stop: &CancellationToken) 
                 format!("the board is still up after {:?}", settings.timeout)
             }
             Ok(ended) => ended.explain(),
-            Err(error) => error.to_string(),
+            Err(error) => error_text(&error),
         };
         tracing::error!(
             event = "reboot.failed",

@@ -277,7 +277,7 @@ fn a_command_that_fails_says_why_and_leaves_nothing_bootable() {
         text.contains("write") && text.contains("exit status: 7") && text.contains("no space on"),
         "{text}"
     );
-    assert!(text.len() < 2 * crate::limits::COMMAND_STDERR_BYTES);
+    assert!(text.len() < 2 * crate::limits::PROGRAM_STDERR_BYTES);
     assert_eq!(state(&mut slots, SlotId::B), SlotState::Unbootable);
     assert!(board.read("status").contains("b=bad"));
     assert!(
