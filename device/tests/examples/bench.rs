@@ -7,7 +7,8 @@ use std::{
 };
 
 use fwpush_device::{
-    CommandSlots, CommandSlotsSettings, ImageFacts, SlotCommand, SlotCommands, Slots,
+    CommandSlots, CommandSlotsSettings, ImageFacts, SlotCommand, SlotCommands, SlotId, SlotState,
+    Slots,
 };
 use fwpush_keys::FileId;
 use tokio_util::sync::CancellationToken;
@@ -73,15 +74,51 @@ pub fn slots_of(script: &Path, board: &[(&str, String)], folder: &Path) -> Comma
     }
 }
 
-/// Stages an image and puts it on trial, as the agent does.
-pub fn install(settings: &CommandSlotsSettings, version: &str, content: &[u8], tries: u8) {
-    let mut slots = CommandSlots::open(settings.clone()).unwrap();
-    slots.invalidate_spare().unwrap();
-    slots.write_spare(0, content).unwrap();
-    slots.sync_spare().unwrap();
-    slots
-        .mark_trial(&image_of(version, content), tries)
-        .unwrap();
+/// A board with the slots of an example.
+pub trait Board {
+    fn settings(&self) -> &CommandSlotsSettings;
+
+    /// Switches the board on, and says which slot it runs then.
+    fn boot(&mut self) -> SlotId;
+
+    /// The slots as an agent that has just started has them.
+    fn open(&self) -> CommandSlots {
+        CommandSlots::open(self.settings().clone()).unwrap()
+    }
+
+    fn running_state(&self) -> SlotState {
+        self.open().view().unwrap().running_slot().state
+    }
+
+    /// Stages an image and puts it on trial, as the agent does.
+    fn install(&self, version: &str, content: &[u8], tries: u8) {
+        let mut slots = self.open();
+        slots.invalidate_spare().unwrap();
+        slots.write_spare(0, content).unwrap();
+        slots.sync_spare().unwrap();
+        slots
+            .mark_trial(&image_of(version, content), tries)
+            .unwrap();
+    }
+
+    /// The next boot is the one after the last try: the confirmed image in A is back, and the one in B is out.
+    fn falls_back_to_a(&mut self) {
+        assert_eq!(self.boot(), SlotId::A, "the tries are used up");
+        let view = self.open().view().unwrap();
+        assert!(view.confirmed());
+        assert_eq!(view.spare_slot().state, SlotState::Unbootable);
+    }
+
+    /// The image on trial in A is rejected: the confirmed one in B is back.
+    fn rejects_a(&mut self) {
+        self.open().reject_running().unwrap();
+        assert_eq!(
+            self.boot(),
+            SlotId::B,
+            "the rejected image is not tried again"
+        );
+        assert!(self.open().view().unwrap().confirmed());
+    }
 }
 
 /// Runs a few commands that the test needs done, in a folder; what they print.

@@ -7,5 +7,4 @@ mod grub;
 mod rauc;
 mod swupdate;
 mod systemd_boot;
-
 mod uboot;

@@ -3,16 +3,16 @@
 
 use std::{fs, path::PathBuf};
 
-use fwpush_device::{CommandSlots, CommandSlotsSettings, SlotId, SlotState, Slots};
+use fwpush_device::{CommandSlotsSettings, SlotId, SlotState, Slots};
 
-use super::bench::{example, have, install, sh, slots_of};
+use super::bench::{Board, example, have, sh, slots_of};
 
-struct Board {
+struct Bench {
     folder: tempfile::TempDir,
     settings: CommandSlotsSettings,
 }
 
-impl Board {
+impl Bench {
     fn new() -> Option<Self> {
         if !have(&["swupdate", "fw_setenv", "openssl", "cpio"]) {
             return None;
@@ -77,40 +77,6 @@ impl Board {
         );
     }
 
-    /// Switches the board on: U-Boot counts a boot while `upgrade_available` is set, and past the limit runs `altbootcmd`.
-    fn boot(&self) -> SlotId {
-        let number = |name: &str| self.variable(name).parse::<u32>().unwrap_or(0);
-        let mut past = false;
-        if number("upgrade_available") == 1 {
-            let count = number("bootcount") + 1;
-            self.set("bootcount", &count.to_string());
-            past = count > number("bootlimit");
-        }
-        if past {
-            for name in ["fwpush_try", "upgrade_available", "bootcount"] {
-                assert!(
-                    self.variable("altbootcmd")
-                        .contains(&format!("setenv {name};"))
-                );
-                self.set(name, "");
-            }
-        }
-        let slot = match self.variable("fwpush_try") {
-            none if none.is_empty() => self.variable("fwpush_slot"),
-            slot => slot,
-        };
-        fs::write(self.path("cmdline"), format!("quiet fwpush.slot={slot}\n")).unwrap();
-        if slot == "a" { SlotId::A } else { SlotId::B }
-    }
-
-    fn open(&self) -> CommandSlots {
-        CommandSlots::open(self.settings.clone()).unwrap()
-    }
-
-    fn running_state(&self) -> SlotState {
-        self.open().view().unwrap().running_slot().state
-    }
-
     /// A signed .swu file with a root file system of these bytes.
     fn image(&self, byte: u8) -> Vec<u8> {
         fs::write(self.path("rootfs.img"), vec![byte; 300_000]).unwrap();
@@ -139,40 +105,67 @@ impl Board {
     }
 }
 
+impl Board for Bench {
+    fn settings(&self) -> &CommandSlotsSettings {
+        &self.settings
+    }
+
+    /// Switches the board on: U-Boot counts a boot while `upgrade_available` is set, and past the limit runs `altbootcmd`.
+    fn boot(&mut self) -> SlotId {
+        let number = |name: &str| self.variable(name).parse::<u32>().unwrap_or(0);
+        let mut past = false;
+        if number("upgrade_available") == 1 {
+            let count = number("bootcount") + 1;
+            self.set("bootcount", &count.to_string());
+            past = count > number("bootlimit");
+        }
+        if past {
+            for name in ["fwpush_try", "upgrade_available", "bootcount"] {
+                assert!(
+                    self.variable("altbootcmd")
+                        .contains(&format!("setenv {name};"))
+                );
+                self.set(name, "");
+            }
+        }
+        let slot = match self.variable("fwpush_try") {
+            none if none.is_empty() => self.variable("fwpush_slot"),
+            slot => slot,
+        };
+        fs::write(self.path("cmdline"), format!("quiet fwpush.slot={slot}\n")).unwrap();
+        if slot == "a" { SlotId::A } else { SlotId::B }
+    }
+}
+
 #[test]
 fn an_image_is_installed_tried_and_confirmed_and_the_next_goes_the_other_way() {
-    let Some(board) = Board::new() else { return };
+    let Some(mut board) = Bench::new() else {
+        return;
+    };
     assert_eq!(board.boot(), SlotId::A);
     assert_eq!(board.running_state(), SlotState::Confirmed);
-    install(&board.settings, "1.1.0", &board.image(0x11), 1);
+    board.install("1.1.0", &board.image(0x11), 1);
     board.must_hold("slot-b", 0x11);
     assert_eq!(board.boot(), SlotId::B);
     assert_eq!(board.running_state(), SlotState::Trial { tries_left: 0 });
     board.open().confirm_running(1).unwrap();
     assert_eq!(board.boot(), SlotId::B);
-    install(&board.settings, "1.2.0", &board.image(0x22), 3);
+    board.install("1.2.0", &board.image(0x22), 3);
     board.must_hold("slot-a", 0x22);
     assert_eq!(board.boot(), SlotId::A);
     assert_eq!(board.running_state(), SlotState::Trial { tries_left: 2 });
-    board.open().reject_running().unwrap();
-    assert_eq!(
-        board.boot(),
-        SlotId::B,
-        "the rejected image is not tried again"
-    );
-    assert!(board.open().view().unwrap().confirmed());
+    board.rejects_a();
 }
 
 #[test]
 fn a_trial_runs_out_and_the_confirmed_slot_comes_back() {
-    let Some(board) = Board::new() else { return };
+    let Some(mut board) = Bench::new() else {
+        return;
+    };
     board.boot();
-    install(&board.settings, "1.1.0", &board.image(0x11), 2);
+    board.install("1.1.0", &board.image(0x11), 2);
     for _ in 0..2 {
         assert_eq!(board.boot(), SlotId::B);
     }
-    assert_eq!(board.boot(), SlotId::A);
-    let view = board.open().view().unwrap();
-    assert!(view.confirmed());
-    assert_eq!(view.spare_slot().state, SlotState::Unbootable);
+    board.falls_back_to_a();
 }
