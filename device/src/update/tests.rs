@@ -1,6 +1,8 @@
 //! The updater on a simulated device: told as stories, then driven at random.
 
 mod clocks;
+mod notices;
+mod owner;
 mod random;
 mod releases;
 mod stories;
