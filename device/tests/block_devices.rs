@@ -107,6 +107,17 @@ impl Board {
         }
     }
 
+    /// Makes a file system on a device, and a folder to mount it on; `None`, with the reason printed, where that cannot be done.
+    fn file_system_on(&self, device: &Path) -> Option<PathBuf> {
+        if let Err(reason) = run("mkfs.ext4", &["-q", path_text(device)]) {
+            println!("SKIPPED: {reason}");
+            return None;
+        }
+        let mount_point = self.folder.path().join("mnt");
+        fs::create_dir(&mount_point).unwrap();
+        Some(mount_point)
+    }
+
     fn open(&self) -> Result<FileSlots, SlotError> {
         FileSlots::open(self.settings())
     }
@@ -167,12 +178,9 @@ fn an_update_goes_from_one_partition_to_the_other_and_back() {
 fn a_mounted_spare_is_refused_before_the_record_gives_it_up() {
     let Some(board) = Board::new() else { return };
     let spare = board.device(SlotId::B);
-    if let Err(reason) = run("mkfs.ext4", &["-q", path_text(spare)]) {
-        println!("SKIPPED: {reason}");
+    let Some(mount_point) = board.file_system_on(spare) else {
         return;
-    }
-    let mount_point = board.folder.path().join("mnt");
-    fs::create_dir(&mount_point).unwrap();
+    };
     run("mount", &[path_text(spare), path_text(&mount_point)]).unwrap();
     let before = fs::read(&board.devices[2].0).unwrap();
     let refused = board.open().and_then(|mut slots| {
@@ -197,12 +205,9 @@ fn a_mounted_spare_is_refused_before_the_record_gives_it_up() {
 fn a_spare_mounted_in_another_mount_namespace_is_refused() {
     let Some(board) = Board::new() else { return };
     let spare = board.device(SlotId::B);
-    if let Err(reason) = run("mkfs.ext4", &["-q", path_text(spare)]) {
-        println!("SKIPPED: {reason}");
+    let Some(mount_point) = board.file_system_on(spare) else {
         return;
-    }
-    let mount_point = board.folder.path().join("mnt");
-    fs::create_dir(&mount_point).unwrap();
+    };
     let script = "mount \"$1\" \"$2\" && echo mounted && read _";
     let mut container = Command::new("unshare")
         .args([
@@ -244,14 +249,11 @@ fn says_mounted(container: &mut Child) -> bool {
 fn while_the_spare_is_written_nobody_can_mount_it() {
     let Some(board) = Board::new() else { return };
     let spare = board.device(SlotId::B);
-    if let Err(reason) = run("mkfs.ext4", &["-q", path_text(spare)]) {
-        println!("SKIPPED: {reason}");
+    let Some(mount_point) = board.file_system_on(spare) else {
         return;
-    }
+    };
     let mut slots = board.open().unwrap();
     slots.invalidate_spare().unwrap();
-    let mount_point = board.folder.path().join("mnt");
-    fs::create_dir(&mount_point).unwrap();
     let mounted = run("mount", &[path_text(spare), path_text(&mount_point)]);
     assert!(mounted.is_err(), "the mount succeeded");
 }
@@ -281,12 +283,9 @@ fn an_emulated_bootloader_is_refused_on_block_devices() {
 fn state_on_a_slot_is_refused() {
     let Some(board) = Board::new() else { return };
     let slot = board.device(SlotId::A);
-    if let Err(reason) = run("mkfs.ext4", &["-q", path_text(slot)]) {
-        println!("SKIPPED: {reason}");
+    let Some(mount_point) = board.file_system_on(slot) else {
         return;
-    }
-    let mount_point = board.folder.path().join("mnt");
-    fs::create_dir(&mount_point).unwrap();
+    };
     run("mount", &[path_text(slot), path_text(&mount_point)]).unwrap();
     let settings = SlotsSettings::Files(board.settings());
     let on_slot = check_state_place(&mount_point, &settings);
