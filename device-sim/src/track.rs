@@ -293,6 +293,7 @@ mod tests {
             bytes_total: 0,
             error: None,
             current: None,
+            log: String::new(),
         }
     }
 

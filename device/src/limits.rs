@@ -66,6 +66,12 @@ pub const SERVERS: usize = 64;
 /// Attributes: pairs, and bytes of all keys and values.
 pub const ATTRIBUTES: usize = 64;
 pub const ATTRIBUTES_BYTES: usize = 4 * 1024;
+/// Lines of an update's journal.
+pub const JOURNAL_LINES: usize = 40;
+/// A line of it: a program's last words are a part of one.
+pub const JOURNAL_LINE_BYTES: usize = 400;
+/// The journal in a report; what the server keeps of it.
+pub const JOURNAL_BYTES: usize = 2 * 1024;
 /// What is kept of a program's standard error, its end. With what is said around it, it fits [`WORDS_BYTES`].
 pub const PROGRAM_STDERR_BYTES: usize = 800;
 /// What is kept of a program's standard output: attributes are the longest answer.

@@ -15,6 +15,7 @@
 //! follow are acted on.
 
 pub mod facts;
+mod journal;
 mod judge;
 mod messages;
 mod notice;
@@ -29,6 +30,7 @@ mod tests;
 mod trial;
 mod updater;
 
+pub use journal::Journal;
 pub use judge::Admitted;
 pub use messages::{
     Action, Command, Consent, Context, Input, JobId, Notice, Now, Offer, Output, Step, Trouble,

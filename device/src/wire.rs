@@ -133,6 +133,7 @@ pub fn report(report: &Report) -> v1::ClientMessage {
             bytes_total,
             error: failure,
             current,
+            log,
         } => Kind::Report(v1::UpdateReport {
             seq,
             boot_count,
@@ -143,6 +144,7 @@ pub fn report(report: &Report) -> v1::ClientMessage {
             bytes_total: *bytes_total,
             error: failure.as_ref().map(error),
             current: current.as_ref().map(running),
+            log: log.clone(),
         }),
     };
     v1::ClientMessage { kind: Some(kind) }

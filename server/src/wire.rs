@@ -116,6 +116,7 @@ pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
         bytes_total: count(report.bytes_total)?,
         error: report.error.map(error_of),
         current: report.current.map(running).transpose()?,
+        log: cut_lines(&report.log),
     };
     numbered(report.seq, report.boot_count, report.generation, kind)
 }
@@ -163,14 +164,16 @@ fn error_of(error: v1::UpdateError) -> ReportError {
 
 /// A device's text, cut to its bound and without control characters, so that it can be logged and shown.
 pub fn cut(text: &str) -> String {
-    let mut end = text.len().min(limits::TEXT_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    text[..end]
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect()
+    printable(text, limits::TEXT_BYTES, |c| c.is_control())
+}
+
+/// The same for the lines of a log.
+fn cut_lines(text: &str) -> String {
+    printable(text, limits::EVENT_BYTES, |c| c.is_control() && c != '\n')
+}
+
+fn printable(text: &str, limit: usize, bad: impl Fn(char) -> bool) -> String {
+    text[..text.floor_char_boundary(limit)].replace(bad, " ")
 }
 
 /// A failed database call, for a peer: that it may try again, and when. What failed stands in the log.

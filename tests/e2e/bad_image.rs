@@ -107,6 +107,18 @@ fn a_bad_image_is_installed_once_and_the_device_goes_back() {
         );
     };
     on_the_old_image(&bench);
+    let shown = bench.site.fwpush(&["device", "show", "dev-1"]).ok().stdout;
+    let (_, log) = shown
+        .split_once("The device's log of the update that went wrong")
+        .unwrap_or_else(|| panic!("{shown}"));
+    for line in [
+        "DOWNLOADING",
+        "starts in slot b in boot 2",
+        "no network",
+        "starts in slot a in boot 3",
+    ] {
+        assert!(log.contains(line), "{line}: {shown}");
+    }
     bench.device.expect_image("b", &bad);
     bench.device.expect_image("a", &[]);
 

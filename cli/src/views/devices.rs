@@ -134,6 +134,19 @@ pub fn device_detail_json(detail: &DeviceDetail) -> Value {
     })
 }
 
+/// The event that carries what a device noted about an update that went wrong.
+const UPDATE_LOG: &str = "UPDATE_LOG";
+
+/// What a table has room for.
+fn first_line(details: &str) -> String {
+    let mut lines = details.lines();
+    let first = lines.next().unwrap_or_default();
+    match lines.count() {
+        0 => first.to_owned(),
+        more => format!("{first} (and {more} more lines)"),
+    }
+}
+
 pub fn device_detail_text(detail: &DeviceDetail) -> String {
     let mut text = detail.device.as_ref().map(device_text).unwrap_or_default();
     if !detail.updates.is_empty() {
@@ -157,11 +170,24 @@ pub fn device_detail_text(detail: &DeviceDetail) -> String {
                 time(event.at_ms),
                 event.kind.clone(),
                 event.actor.clone(),
-                event.details.clone(),
+                first_line(&event.details),
             ]);
         }
         text.push('\n');
         text.push_str(&table.or(""));
+    }
+    let newest_log = detail
+        .events
+        .iter()
+        .filter(|event| event.kind == UPDATE_LOG);
+    if let Some(log) = newest_log.max_by_key(|event| event.at_ms) {
+        text.push_str(&format!(
+            "\nThe device's log of the update that went wrong, {}:\n",
+            time(log.at_ms)
+        ));
+        for line in log.details.lines() {
+            text.push_str(&format!("  {line}\n"));
+        }
     }
     text
 }

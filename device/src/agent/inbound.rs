@@ -22,7 +22,10 @@ impl<S: Slots> Agent<S> {
         match event {
             LinkEvent::Connecting { server } => self.tell(AgentEvent::Connecting { server }),
             LinkEvent::Registered { server, registered } => self.on_registered(server, registered),
-            LinkEvent::Disconnected { reason } => self.tell(AgentEvent::Disconnected { reason }),
+            LinkEvent::Disconnected { reason } => {
+                self.feed(Input::Note(format!("not connected: {reason}")));
+                self.tell(AgentEvent::Disconnected { reason });
+            }
             LinkEvent::IdentityRefused { reason } => {
                 self.tell(AgentEvent::IdentityRefused { reason })
             }

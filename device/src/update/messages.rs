@@ -164,6 +164,8 @@ pub enum Input {
     },
     /// Roots or a revocation list were accepted.
     TrustChanged,
+    /// Something that whoever looks into a failed update wants to know.
+    Note(String),
     Consent {
         job: JobId,
         consent: Consent,

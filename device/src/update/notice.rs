@@ -148,6 +148,7 @@ impl Updater {
         };
         let delay = self.start_delay(&notice, context.now.wall);
         self.manifest = Some(release.envelope_arc());
+        self.state.journal.clear();
         self.state.update = Some(Update {
             generation: notice.generation,
             attempt: notice.attempt,
@@ -505,6 +506,10 @@ impl Updater {
                     bytes_total: size,
                     error,
                     current: self.running(),
+                    log: match phase {
+                        Phase::Failed | Phase::RolledBack => self.state.journal.text(),
+                        _ => String::new(),
+                    },
                 }
             }
         };

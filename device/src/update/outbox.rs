@@ -148,6 +148,7 @@ mod tests {
             bytes_total: 9,
             error: None,
             current: None,
+            log: String::new(),
         }
     }
 

@@ -129,6 +129,9 @@ pub enum ReportKind {
         bytes_total: u64,
         error: Option<Failure>,
         current: Option<Running>,
+        /// With an update that went wrong: its [`super::Journal`].
+        #[serde(default)]
+        log: String,
     },
 }
 

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     facts::{ImageFacts, SlotId},
+    journal::Journal,
     messages::{Action, Step},
     outbox::Outbox,
     report::{Failure, Phase},
@@ -32,6 +33,9 @@ pub struct State {
     pub installs: Vec<Install>,
     /// Releases that were rolled back here, oldest first.
     pub failed: Vec<FailedRelease>,
+    /// Of the present update, or of the last one.
+    #[serde(default)]
+    pub journal: Journal,
 }
 
 impl State {
@@ -48,6 +52,7 @@ impl State {
             outcome: None,
             installs: Vec::new(),
             failed: Vec::new(),
+            journal: Journal::default(),
         }
     }
 }

@@ -19,6 +19,10 @@ impl Updater {
             self.manifest = None;
             return self.take_up_without_update(context);
         };
+        self.note(format!(
+            "the agent starts in slot {} in boot {}",
+            self.boot.running, self.state.boot_count
+        ));
         match stage {
             Stage::Marking { boot_id, slot } => self.take_up_marked(&boot_id, slot, false, context),
             Stage::Rebooting { boot_id, slot } => {

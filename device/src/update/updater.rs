@@ -2,6 +2,8 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
+use fwpush_keys::time::Timestamp;
+
 use super::{
     facts::{BootView, DeviceFacts},
     judge::{Admitted, Judge},
@@ -63,6 +65,8 @@ pub struct Updater {
     pub(super) bytes_done: u64,
     pub(super) confirm_tries: u32,
     pub(super) report_interval: Duration,
+    /// Trusted time of the newest input.
+    wall: Timestamp,
     next_progress: Duration,
     next_job: u64,
     outputs: VecDeque<Output>,
@@ -101,6 +105,7 @@ impl Updater {
             bytes_done: 0,
             confirm_tries: 0,
             report_interval: limits::REPORT_INTERVAL_DEFAULT,
+            wall: context.now.wall,
             next_progress: Duration::ZERO,
             next_job: 0,
             outputs: VecDeque::new(),
@@ -116,6 +121,7 @@ impl Updater {
     /// Feeds one input. What follows from it is in [`Updater::take_dirty`], [`Updater::poll_output`] and
     /// [`Updater::poll_timeout`].
     pub fn handle(&mut self, input: Input, context: &mut Context<'_>) {
+        self.wall = context.now.wall;
         match input {
             Input::Timer => self.on_timer(context),
             Input::Notice(notice) => self.on_notice(notice, context),
@@ -125,6 +131,7 @@ impl Updater {
                 generation,
             } => self.on_acked(upto_seq, generation, context),
             Input::TrustChanged => self.on_trust_changed(context),
+            Input::Note(text) => self.note(text),
             Input::Consent { job, consent } => {
                 if let Some(JobKind::Ask(step)) = self.end_job(job) {
                     self.on_consent(step, consent, context);
@@ -288,8 +295,19 @@ impl Updater {
         self.stage().is_some_and(Stage::is_past_mark)
     }
 
+    /// Notes something of the present update for the report of its failure.
+    pub(super) fn note(&mut self, text: String) {
+        if self.state.update.is_some() {
+            self.state.journal.note(self.wall, text);
+        }
+    }
+
     /// Tells observers of a phase.
     pub(super) fn show(&mut self, phase: Phase, failure: Option<Failure>) {
+        self.note(match &failure {
+            Some(failure) => format!("{phase}: {failure}"),
+            None => phase.to_string(),
+        });
         let generation = self
             .state
             .update
@@ -339,6 +357,7 @@ impl Updater {
             bytes_total: size,
             error: None,
             current: None,
+            log: String::new(),
         };
         Some((update.generation, kind))
     }

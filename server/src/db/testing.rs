@@ -384,6 +384,7 @@ pub(crate) fn reached(phase: Phase) -> ReportKind {
         bytes_total: 0,
         error: None,
         current: None,
+        log: String::new(),
     }
 }
 
@@ -395,6 +396,7 @@ pub(crate) fn downloading(bytes_done: u64) -> ReportKind {
         bytes_total: 100_000,
         error: None,
         current: None,
+        log: String::new(),
     }
 }
 
@@ -418,5 +420,6 @@ pub(crate) fn ended(phase: Phase, current: Option<RunningImage>) -> ReportKind {
         bytes_total: 0,
         error: None,
         current,
+        log: String::new(),
     }
 }

@@ -56,12 +56,16 @@ impl DeviceState {
                 bytes_total,
                 error,
                 current,
+                log,
                 ..
             } => {
                 if *phase == Phase::Downloading {
                     self.progress(*bytes_done, *bytes_total, now);
                 }
                 self.reached(*phase, error.clone(), current.clone(), now);
+                if matches!(phase, Phase::Failed | Phase::RolledBack) && !log.is_empty() {
+                    self.event("UPDATE_LOG", log.clone());
+                }
             }
         }
     }

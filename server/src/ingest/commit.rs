@@ -222,7 +222,7 @@ pub(crate) mod testing {
         commit_once(
             db,
             &[Item::Report {
-                report,
+                report: Box::new(report),
                 ack: ack.clone(),
             }],
         )

@@ -74,6 +74,8 @@ pub enum ReportKind {
         error: Option<ReportError>,
         /// With a terminal phase: what runs now.
         current: Option<RunningImage>,
+        /// With an update that went wrong: what happened in it, in lines, as the device tells it.
+        log: String,
     },
 }
 

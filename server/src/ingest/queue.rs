@@ -15,7 +15,7 @@ use crate::{db::DbError, desired::Facts, limits, rollout::Phase};
 #[derive(Debug)]
 pub(super) enum Item {
     Report {
-        report: DeviceReport,
+        report: Box<DeviceReport>,
         ack: AckSink,
     },
     /// A notice was written to the device's stream.
@@ -109,7 +109,7 @@ impl Queue {
         let leaves_hole = !is_progress(&report);
         if state
             .push(Item::Report {
-                report,
+                report: Box::new(report),
                 ack: Arc::clone(ack),
             })
             .is_err()
@@ -212,7 +212,7 @@ impl State {
         if !is_progress(held) || !same_try || !Arc::ptr_eq(held_ack, ack) {
             return false;
         }
-        *held = report.clone();
+        **held = report.clone();
         true
     }
 
@@ -253,6 +253,7 @@ mod tests {
                 bytes_total: 100,
                 error: None,
                 current: None,
+                log: String::new(),
             },
         }
     }

@@ -45,6 +45,7 @@ async fn an_update_is_told_of_once_it_counts_and_only_once() {
         bytes_total: 0,
         error: None,
         current: Some(current),
+        log: String::new(),
     };
     let other = running(&crate::db::testing::release(
         "9.9.9",
@@ -103,6 +104,7 @@ async fn an_update_is_followed_from_notice_to_success() {
         bytes_total: 0,
         error: None,
         current: Some(running(&release)),
+        log: String::new(),
     };
     let story = [
         (accepted(), Phase::Accepted),
@@ -252,6 +254,7 @@ async fn duplicates_late_foreign_and_invented_reports_are_acknowledged_and_chang
         bytes_total: 0,
         error: None,
         current: Some(other),
+        log: String::new(),
     };
     ingest.submit(report("a", 1, 15, lie), &ack).unwrap();
     acked(&ack, 15).await;
@@ -283,6 +286,7 @@ async fn what_a_device_claims_of_its_bytes_stays_within_the_image() {
         bytes_total: u64::MAX,
         error: None,
         current: None,
+        log: String::new(),
     };
     ingest
         .submit(report("a", 1, limits::NUMBER, lie), &ack)

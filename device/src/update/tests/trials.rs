@@ -91,11 +91,32 @@ fn a_bad_image_is_installed_once_whatever_reconnects() {
     world.offer(1, &release);
     let ReportKind::Phase {
         phase: Phase::RolledBack,
+        log,
         ..
-    } = world.last_report().kind
+    } = &world.last_report().kind
     else {
         panic!()
     };
+    let events: Vec<_> = log
+        .lines()
+        .map(|line| line.split_once(' ').map_or(line, |(_, event)| event))
+        .collect();
+    assert_eq!(
+        events,
+        [
+            "ACCEPTED",
+            "DOWNLOADING",
+            "VERIFIED",
+            "INSTALLING",
+            "REBOOTING",
+            "the agent starts in slot b in boot 2",
+            "CONFIRMING",
+            "CONFIRMING: HEALTH_CHECK: no network",
+            "the agent starts in slot a in boot 3",
+            "ROLLED_BACK: HEALTH_CHECK: no network",
+        ],
+        "what happened is told over reboots, and told again"
+    );
     assert_eq!((world.trials[&1], world.floor()), (1, 1));
 }
 
