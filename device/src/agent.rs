@@ -98,6 +98,12 @@ pub enum AgentEvent {
         index: u64,
         message: String,
     },
+    /// A download ended before its last byte; it goes on where it stopped after `wait`.
+    DownloadCut {
+        code: &'static str,
+        message: String,
+        wait: std::time::Duration,
+    },
     /// So many groups of the image need not be fetched.
     GroupsReused(u64),
     /// The server has committed all reports up to this number.

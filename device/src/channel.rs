@@ -17,8 +17,10 @@ use thiserror::Error;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
+    sync::Notify,
     time::Instant,
 };
+use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::limits;
@@ -122,6 +124,10 @@ impl LastByte {
 pub struct Connection {
     pub channel: Channel,
     pub last_byte: LastByte,
+    /// A download waits for bytes that do not come: whoever has the session asks the server for a sign of life.
+    pub(crate) doubts: Arc<Notify>,
+    /// No sign of life came; everything on this connection is to be begun again on another.
+    pub(crate) dead: CancellationToken,
 }
 
 /// Why there is no connection.
@@ -179,7 +185,12 @@ pub async fn connect(
             server: server.to_owned(),
             source,
         })?;
-    Ok(Connection { channel, last_byte })
+    Ok(Connection {
+        channel,
+        last_byte,
+        doubts: Arc::default(),
+        dead: CancellationToken::new(),
+    })
 }
 
 /// Waits for the first bytes of the server, which are still to be read afterwards. It sends its SETTINGS without being asked

@@ -23,12 +23,14 @@ use crate::{
     window::Window,
 };
 
+mod link;
 mod owner;
 mod running;
 mod service;
 mod slots;
 mod transfer;
 
+use link::LinkSection;
 use owner::{HooksSection, InstallSection, Problem, check_command, check_seconds};
 use running::{Running, RunningSection};
 pub use service::RebootSettings;
@@ -89,6 +91,8 @@ struct ConfigFile {
     running: RunningSection,
     #[serde(default)]
     health: HealthSection,
+    #[serde(default)]
+    link: LinkSection,
     #[serde(default)]
     transfer: TransferSection,
     #[serde(default)]
@@ -164,6 +168,7 @@ impl Config {
         check_seconds("health.timeout_s", file.health.timeout_s)?;
         check_seconds("health.confirm_timeout_s", file.health.confirm_timeout_s)?;
         file.hooks.check()?;
+        file.link.check()?;
         file.service.check()?;
         Ok(Self {
             transfer: file.transfer.settings()?,
@@ -187,6 +192,7 @@ impl Config {
             attributes: file.attributes.clone(),
             built_in_floor: self.running.built_in_floor,
             trial_boots: file.slots.trial_boots(),
+            reconnect: file.link.reconnect(),
             transfer: self.transfer.clone(),
             hooks: file.hooks.hooks(),
             install_window: self.window.clone(),

@@ -173,8 +173,9 @@ pub const SYNC_INTERVAL: Duration = Duration::from_secs(5);
 pub const TRAILERS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Progress is told after this many bytes: often enough for a bar, seldom enough to cost nothing.
 pub const PROGRESS_BYTES: u64 = 1024 * 1024;
-/// No byte for this long: the call is given up and begun again where it stopped.
-pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// No byte for this long while some are due: the server is asked for a sign of life. As long again without one, and the
+/// connection is dead: a NAT that gave the device another address drops what belongs to the old one without a word.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A call that moves a group in this time is alive; slower is a stall (64 KiB in 10 min are 109 B/s).
 pub const GROUP_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 /// One group refused this often: the source does not have it.

@@ -15,7 +15,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     channel::{self, ChannelSettings, Connection, Dial},
-    limits,
     settings::AgentSettings,
     update::Report,
 };
@@ -169,7 +168,7 @@ impl Link {
             stream_window_bytes: transfer.stream_window_bytes,
             connection_window_bytes: transfer.connection_window_bytes,
             max_frame_bytes: transfer.max_frame_bytes,
-            connect_timeout: limits::CONNECT_TIMEOUT,
+            connect_timeout: self.settings.reconnect.connect_timeout,
         };
         let connection =
             match channel::connect(&settings, server, Arc::clone(&self.tls), &*self.dial).await {

@@ -58,6 +58,11 @@ pub struct TransferSettings {
     pub chunk_bytes: u32,
     /// The first wait before a download that failed is tried again; doubles up to [`limits::RETRY_MAX`].
     pub retry: Duration,
+    /// No byte for this long while some are due: the server is asked for a sign of life; as long again, and the connection
+    /// is given up.
+    pub stall: Duration,
+    /// A download that moves no group (64 KiB) in this time is begun again where it stopped.
+    pub group_timeout: Duration,
     /// Average bytes a second; `None` for as fast as it goes.
     pub bandwidth_limit: Option<u64>,
     /// Whether the link costs money, and what then.
@@ -75,6 +80,8 @@ impl Default for TransferSettings {
             max_frame_bytes: limits::MAX_FRAME_BYTES,
             chunk_bytes: limits::CHUNK_BYTES,
             retry: limits::RETRY_MIN,
+            stall: limits::STALL_TIMEOUT,
+            group_timeout: limits::GROUP_TIMEOUT,
             bandwidth_limit: None,
             metered: None,
             mirror_hosts: Vec::new(),
@@ -85,6 +92,8 @@ impl Default for TransferSettings {
 /// How long the agent waits before it connects again: full jitter, doubling, in these bounds.
 #[derive(Debug, Clone)]
 pub struct ReconnectSettings {
+    /// For TCP, TLS and the server's first bytes together.
+    pub connect_timeout: Duration,
     /// The first wait is at most this, unless the server asked for a wider spread.
     pub min: Duration,
     /// No wait is longer.
@@ -96,6 +105,7 @@ pub struct ReconnectSettings {
 impl Default for ReconnectSettings {
     fn default() -> Self {
         Self {
+            connect_timeout: limits::CONNECT_TIMEOUT,
             min: limits::RECONNECT_MIN,
             max: limits::RECONNECT_MAX,
             stable_after: limits::STABLE_AFTER,

@@ -63,10 +63,10 @@ impl<S: Slots> Transfer<S> {
         let mut sink = self.reuse(sink).await?;
         tries.progress();
         while let Some(run) = sink.missing().first_run() {
-            let bytes = sink.missing().bytes_of(&run);
+            let mut bytes = sink.missing().bytes_of(&run);
             let before = sink.missing().bytes_done();
             let pull = self.pull(release.file_id(), &tries).await?;
-            sink.begin(bytes.start);
+            bytes.start += sink.begin(bytes.start);
             let result;
             (sink, result) = pull.content(sink, bytes).await?;
             sink.tell_progress();
@@ -146,6 +146,8 @@ impl<S: Slots> Transfer<S> {
             connection,
             file,
             chunk_bytes: tries.chunk_bytes,
+            stall: self.settings.stall,
+            group_timeout: self.settings.group_timeout,
             bandwidth_limit: Metered::limited(metered, self.settings.bandwidth_limit).await,
             observe: Arc::clone(&self.observe),
         })
@@ -159,8 +161,13 @@ impl<S: Slots> Transfer<S> {
                 message: error.to_string(),
             });
         }
-        tracing::debug!(error = error_text(&error), "A download was cut.");
+        let (code, message) = (error.code(), error_text(&error));
         let wait = tries.after(error, &mut self.random)?;
+        (self.observe)(AgentEvent::DownloadCut {
+            code,
+            message,
+            wait,
+        });
         sleep(wait).await;
         Ok(())
     }
@@ -169,7 +176,7 @@ impl<S: Slots> Transfer<S> {
 /// What was tried in vain in this transfer.
 #[derive(Debug)]
 struct Tries {
-    /// Asked for; smaller after a stall, so that a slow link completes a chunk.
+    /// Asked for; smaller after a stall and after cuts without progress, so that a bad link completes a chunk.
     chunk_bytes: u32,
     first_wait: Duration,
     /// Since the last progress.
@@ -227,10 +234,9 @@ impl Tries {
                     });
                 }
             }
-            PullError::Stalled => {
-                self.chunk_bytes = (self.chunk_bytes / 2).max(*limits::CHUNK_BYTES_RANGE.start());
-            }
-            PullError::Link(_) => {}
+            PullError::Stalled => self.ask_for_less(),
+            PullError::Link(_) | PullError::Silent if self.failures > 0 => self.ask_for_less(),
+            PullError::Link(_) | PullError::Silent => {}
         }
         self.failures = (self.failures + 1).min(16);
         let ceiling = self
@@ -238,6 +244,10 @@ impl Tries {
             .saturating_mul(1 << self.failures)
             .min(limits::RETRY_MAX);
         Ok(ceiling.mul_f64(random.random()))
+    }
+
+    fn ask_for_less(&mut self) {
+        self.chunk_bytes = (self.chunk_bytes / 2).max(*limits::CHUNK_BYTES_RANGE.start());
     }
 
     fn group_refused(&mut self, index: u64, message: String) -> Result<(), Trouble> {
@@ -256,9 +266,8 @@ impl Tries {
 fn trouble_of(error: SinkError) -> Trouble {
     let message = error_text(&error);
     match error {
-        SinkError::Slot(_) => Trouble::transient("STORAGE", message),
-        SinkError::Group { .. } => Trouble::lasting("GROUP_MISMATCH", message),
-        SinkError::Gone => Trouble::transient("STOPPED", message),
+        SinkError::Group { .. } => Trouble::lasting(error.code(), message),
+        SinkError::Slot(_) | SinkError::Gone => Trouble::transient(error.code(), message),
     }
 }
 
@@ -278,11 +287,14 @@ impl Pace {
         }
     }
 
-    fn received(&mut self, bytes: usize) {
-        if let Some(rate) = self.bytes_per_second {
-            self.due =
-                self.due.max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
-        }
+    /// Gives what these bytes take at that rate.
+    fn received(&mut self, bytes: usize) -> Duration {
+        let Some(rate) = self.bytes_per_second else {
+            return Duration::ZERO;
+        };
+        let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        self.due = self.due.max(Instant::now()) + takes;
+        takes
     }
 
     /// Until the next bytes may be received.
@@ -332,12 +344,22 @@ mod tests {
     }
 
     #[test]
-    fn a_stalled_link_is_asked_for_smaller_chunks() {
+    fn a_link_that_stalls_or_breaks_without_progress_is_asked_for_smaller_chunks() {
+        let errors: [fn() -> PullError; 3] = [|| PullError::Stalled, || PullError::Silent, cut];
+        for error in errors {
+            let (mut tries, mut random) = tries();
+            for _ in 0..20 {
+                tries.after(error(), &mut random).unwrap();
+            }
+            assert_eq!(tries.chunk_bytes, *limits::CHUNK_BYTES_RANGE.start());
+        }
+        // A cut now and then says nothing about the speed of the link.
         let (mut tries, mut random) = tries();
         for _ in 0..20 {
-            tries.after(PullError::Stalled, &mut random).unwrap();
+            tries.after(cut(), &mut random).unwrap();
+            tries.progress();
         }
-        assert_eq!(tries.chunk_bytes, *limits::CHUNK_BYTES_RANGE.start());
+        assert_eq!(tries.chunk_bytes, limits::CHUNK_BYTES);
     }
 
     #[test]

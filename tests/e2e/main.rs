@@ -9,6 +9,7 @@ mod download;
 mod fleet;
 mod hostile_server;
 mod limits;
+mod links;
 mod operator;
 mod stream;
 mod tls;

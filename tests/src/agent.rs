@@ -72,6 +72,20 @@ impl Device {
         self.process.insert(Process::spawn(command))
     }
 
+    /// As [`Self::start`], by a program that goes on as the agent: its words come before those of the agent.
+    pub fn start_in(&mut self, wrap: &[String]) -> &mut Process {
+        assert!(self.process.is_none(), "the agent runs already");
+        let agent = self.command();
+        let mut command = Command::new(&wrap[0]);
+        command
+            .args(&wrap[1..])
+            .arg(agent.get_program())
+            .args(agent.get_args())
+            .env("NO_COLOR", "1")
+            .env("FWPUSH_LOG", "info,fwpush_device=trace");
+        self.process.insert(Process::spawn(command))
+    }
+
     /// The running agent.
     pub fn agent(&mut self) -> &mut Process {
         self.process.as_mut().expect("the agent runs")

@@ -19,6 +19,8 @@ pub(super) struct TransferSection {
     max_frame_bytes: Option<u32>,
     chunk_bytes: Option<u32>,
     bandwidth_limit_bytes_per_s: Option<u64>,
+    stall_timeout_s: Option<u64>,
+    group_timeout_s: Option<u64>,
     metered_command: Option<Vec<String>>,
     metered: Option<MeteredKind>,
     metered_retry_s: Option<u64>,
@@ -50,6 +52,10 @@ impl TransferSection {
             let (least, most) = (range.start(), range.end());
             Err((key, format!("is {value}; {least} to {most} is allowed")))
         };
+        let seconds = |key, value: Option<u64>, default| {
+            check_seconds(key, value)?;
+            Ok(value.map_or(default, Duration::from_secs))
+        };
         if self.bandwidth_limit_bytes_per_s == Some(0) {
             let problem = "must be at least 1; leave it out for no limit";
             return Err(("transfer.bandwidth_limit_bytes_per_s", problem.into()));
@@ -80,6 +86,16 @@ impl TransferSection {
                 &chunks,
             )?,
             retry: default.retry,
+            stall: seconds(
+                "transfer.stall_timeout_s",
+                self.stall_timeout_s,
+                default.stall,
+            )?,
+            group_timeout: seconds(
+                "transfer.group_timeout_s",
+                self.group_timeout_s,
+                default.group_timeout,
+            )?,
             bandwidth_limit: self.bandwidth_limit_bytes_per_s,
             metered: self.metered()?,
             mirror_hosts: self.mirror_hosts.clone(),

@@ -54,7 +54,13 @@ impl Ended {
 
     fn status(status: &Status) -> Self {
         // A status of the server has words; one made here of a broken transport has a source that explains it.
-        if status.source().is_some() || status.message().is_empty() {
+        if let Some(source) = status.source() {
+            return Self {
+                identity_refused: is_identity_refused(status),
+                ..Self::new(explain(source))
+            };
+        }
+        if status.message().is_empty() {
             return Self::of(status);
         }
         let mut reason = status.message().to_owned();
@@ -86,6 +92,8 @@ pub(super) struct Session<'a> {
     resend_at: Instant,
     resends: u32,
     drain_at: Option<Instant>,
+    /// When a download first doubted the connection.
+    doubted_at: Option<Instant>,
     /// What the server was told at registration.
     attributes: HashMap<String, String>,
 }
@@ -109,6 +117,7 @@ impl<'a> Session<'a> {
             resend_at: now,
             resends: 0,
             drain_at: None,
+            doubted_at: None,
             attributes: HashMap::new(),
         }
     }
@@ -260,6 +269,7 @@ impl<'a> Session<'a> {
         let silent_at = self.silent_at();
         let drain_at = self.drain_at;
         let outbound = self.outbound.clone();
+        let doubts = self.connection.doubts.clone();
         tokio::select! {
             message = stream.message() => match message {
                 Ok(Some(message)) => self.on_message(message).await,
@@ -290,6 +300,10 @@ impl<'a> Session<'a> {
                 Ok(())
             }
             () = sleep_until(silent_at) => self.check_silence(),
+            () = doubts.notified() => {
+                self.doubt();
+                Ok(())
+            }
             () = sleep_until(drain_at.unwrap_or(silent_at)), if drain_at.is_some() => {
                 Err(Ended::new("the server asked to connect elsewhere"))
             }
@@ -337,18 +351,36 @@ impl<'a> Session<'a> {
         self.heartbeat.saturating_mul(limits::SILENT_HEARTBEATS) + limits::SILENCE_GRACE
     }
 
+    /// Asks for a sign of life. The doubt stands until any byte comes.
+    fn doubt(&mut self) {
+        if self.standing_doubt().is_none() {
+            self.doubted_at = Some(Instant::now());
+            self.beat();
+        }
+    }
+
+    /// Since when a doubt stands: nothing has come from the server since.
+    fn standing_doubt(&self) -> Option<Instant> {
+        self.doubted_at
+            .filter(|at| self.connection.last_byte.silence() >= at.elapsed())
+    }
+
     fn silent_at(&self) -> Instant {
-        Instant::now()
-            + self
-                .silence_allowed()
-                .saturating_sub(self.connection.last_byte.silence())
+        let silence = self.connection.last_byte.silence();
+        let by_heartbeat = Instant::now() + self.silence_allowed().saturating_sub(silence);
+        let by_doubt = self
+            .standing_doubt()
+            .map(|at| at + self.link.settings.transfer.stall);
+        by_doubt.map_or(by_heartbeat, |at| at.min(by_heartbeat))
     }
 
     fn check_silence(&self) -> Result<(), Ended> {
-        let silence = self.connection.last_byte.silence();
-        if silence < self.silence_allowed() {
+        if Instant::now() < self.silent_at() {
             return Ok(());
         }
+        // What still waits for this connection need not find out by itself.
+        self.connection.dead.cancel();
+        let silence = self.connection.last_byte.silence();
         Err(Ended::new(format!(
             "not a byte from the server for {} s",
             silence.as_secs()

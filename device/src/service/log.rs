@@ -73,6 +73,19 @@ pub(super) fn log(event: &AgentEvent) {
                 "A group was refused."
             )
         }
+        AgentEvent::DownloadCut {
+            code,
+            message,
+            wait,
+        } => {
+            tracing::warn!(
+                event = "transfer.cut",
+                code,
+                reason = message,
+                wait_ms = wait.as_millis() as u64,
+                "The download was cut; it goes on where it stopped."
+            )
+        }
         AgentEvent::GroupsReused(groups) => {
             tracing::info!(
                 event = "transfer.groups-reused",

@@ -1,14 +1,18 @@
 //! One DownloadFile call: bytes from the server, in order, no more than asked for.
 
-use std::{collections::VecDeque, ops::Range, time::Duration};
+use std::{collections::VecDeque, error::Error as _, ops::Range, time::Duration};
 
 use bytes::Bytes;
-use fwpush_keys::{id::FileId, outline::OutlineError};
+use fwpush_keys::{
+    id::FileId,
+    outline::{GROUP_BYTES, OutlineError},
+    tls::explain,
+};
 use fwpush_proto::v1::{FileChunk, FileRequest, Part, file_service_client::FileServiceClient};
 use thiserror::Error;
 use tokio::{
     task::{JoinError, JoinHandle},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
 use tonic::{Code, Status, Streaming};
 
@@ -27,10 +31,12 @@ use crate::{
 /// Why a call ended before its last byte.
 #[derive(Debug, Error)]
 pub(super) enum PullError {
-    #[error("the download was cut")]
-    Link(#[source] Box<Status>),
-    #[error("the download stalled")]
+    #[error("the download was cut: {}", words(.0))]
+    Link(Box<Status>),
+    #[error("the download stalled: no 64 KiB within its time")]
     Stalled,
+    #[error("the download stalled: not a byte from the server")]
+    Silent,
     #[error("the server has too many downloads; it asks to wait {0:?}")]
     Busy(Duration),
     /// The server will not send what was asked for, or sent something else.
@@ -69,6 +75,18 @@ impl PullError {
         }
     }
 
+    /// A stable code for logs.
+    pub(super) fn code(&self) -> &'static str {
+        match self {
+            PullError::Link(_) => "DOWNLOAD_CUT",
+            PullError::Stalled | PullError::Silent => "DOWNLOAD_STALLED",
+            PullError::Busy(_) => "SERVER_BUSY",
+            PullError::Refused { code, .. } => code,
+            PullError::Outline(error) => error.code(),
+            PullError::Sink(error) => error.code(),
+        }
+    }
+
     /// The server sent other bytes than it was asked for.
     fn wrong(message: &str) -> Self {
         Self::Refused {
@@ -77,6 +95,15 @@ impl PullError {
             lasting: false,
         }
     }
+}
+
+/// A status of the server has words; one made here of a broken transport has a source that explains it.
+fn words(status: &Status) -> String {
+    let mut words = status
+        .source()
+        .map_or_else(|| status.message().to_owned(), explain);
+    words.truncate(words.floor_char_boundary(limits::WORDS_BYTES));
+    words
 }
 
 /// The trailer of RESOURCE_EXHAUSTED, clamped; a second without it.
@@ -96,6 +123,8 @@ pub(super) struct Pull {
     pub connection: Connection,
     pub file: FileId,
     pub chunk_bytes: u32,
+    pub stall: Duration,
+    pub group_timeout: Duration,
     pub bandwidth_limit: Option<u64>,
     pub observe: Observer,
 }
@@ -135,19 +164,18 @@ impl Pull {
         };
         let mut client = FileServiceClient::new(self.connection.channel.clone())
             .max_decoding_message_size(limits::CHUNK_MESSAGE_BYTES);
-        let called = timeout_at(
-            Instant::now() + limits::STALL_TIMEOUT,
-            client.download_file(request),
-        )
-        .await;
-        let stream = called
-            .map_err(|_| PullError::Stalled)?
-            .map_err(PullError::of)?
-            .into_inner();
+        let give_up = Instant::now() + self.group_timeout;
+        let call = client.download_file(request);
+        let called = watched(&self.connection, self.stall, give_up, call).await?;
+        let stream = called.map_err(PullError::of)?.into_inner();
         Ok(Chunks {
             stream,
             range,
             connection: self.connection,
+            stall: self.stall,
+            group_timeout: self.group_timeout,
+            since_group: 0,
+            give_up,
             pace: Pace::new(self.bandwidth_limit),
             observe: self.observe,
         })
@@ -246,6 +274,12 @@ struct Chunks {
     /// What is still to come.
     range: Range<u64>,
     connection: Connection,
+    stall: Duration,
+    group_timeout: Duration,
+    /// Bytes that have come since the last whole group.
+    since_group: u64,
+    /// When the next group must have come.
+    give_up: Instant,
     pace: Pace,
     observe: Observer,
 }
@@ -259,9 +293,10 @@ impl Chunks {
             return Ok(None);
         }
         self.pace.wait().await;
-        let chunk = self
-            .receive()
+        let message = self.stream.message();
+        let chunk = watched(&self.connection, self.stall, self.give_up, message)
             .await?
+            .map_err(PullError::of)?
             .ok_or_else(|| PullError::wrong("the stream ended early"))?;
         let length = chunk.content.len() as u64;
         if chunk.offset != self.range.start || length > self.range.end - self.range.start {
@@ -278,24 +313,50 @@ impl Chunks {
         }
         self.range.start += length;
         (self.observe)(AgentEvent::Bytes(length));
-        self.pace.received(chunk.content.len());
+        self.arrived(&chunk.content);
         Ok(Some(chunk.content))
     }
 
-    /// A message, or a stall: no byte on the whole connection for a minute, or no chunk for ten.
-    async fn receive(&mut self) -> Result<Option<FileChunk>, PullError> {
-        let give_up = Instant::now() + limits::GROUP_TIMEOUT;
-        loop {
-            let silent = Instant::now()
-                + limits::STALL_TIMEOUT.saturating_sub(self.connection.last_byte.silence());
-            match timeout_at(silent.min(give_up), self.stream.message()).await {
-                Ok(message) => return message.map_err(PullError::of),
-                Err(_) if Instant::now() >= give_up => return Err(PullError::Stalled),
-                Err(_) if self.connection.last_byte.silence() >= limits::STALL_TIMEOUT => {
-                    return Err(PullError::Stalled);
-                }
-                Err(_) => {}
-            }
+    /// Sets when the next group must have come: a server that trickles single bytes does not keep a call alive.
+    fn arrived(&mut self, content: &Bytes) {
+        self.since_group += content.len() as u64;
+        let paced = self.pace.received(content.len());
+        self.give_up += paced;
+        if self.since_group >= GROUP_BYTES {
+            self.since_group = 0;
+            self.give_up = Instant::now() + paced + self.group_timeout;
+        }
+    }
+}
+
+/// Waits for a part of a call while its connection lives. Silence raises doubts, which whoever has the session looks into;
+/// without one, it is given up after as long again. `give_up`: too late, whatever else comes over the connection.
+async fn watched<T>(
+    connection: &Connection,
+    stall: Duration,
+    give_up: Instant,
+    part: impl Future<Output = T>,
+) -> Result<T, PullError> {
+    let begun = Instant::now();
+    let mut part = std::pin::pin!(part);
+    let mut look_at = begun + stall;
+    loop {
+        tokio::select! {
+            biased;
+            part = &mut part => return Ok(part),
+            () = connection.dead.cancelled() => return Err(PullError::Silent),
+            () = sleep_until(give_up) => return Err(PullError::Stalled),
+            () = sleep_until(look_at) => {}
+        }
+        // Before that, nothing was due.
+        let silence = connection.last_byte.silence().min(begun.elapsed());
+        if silence >= stall * 2 {
+            return Err(PullError::Silent);
+        }
+        look_at = Instant::now() + stall.saturating_sub(silence);
+        if silence >= stall {
+            connection.doubts.notify_one();
+            look_at += stall;
         }
     }
 }

@@ -33,6 +33,17 @@ pub(super) enum SinkError {
     Gone,
 }
 
+impl SinkError {
+    /// A stable code for logs and reports.
+    pub(super) fn code(&self) -> &'static str {
+        match self {
+            SinkError::Group { .. } => "GROUP_MISMATCH",
+            SinkError::Slot(_) => "STORAGE",
+            SinkError::Gone => "STOPPED",
+        }
+    }
+}
+
 impl From<crate::slots::Gone> for SinkError {
     fn from(_: crate::slots::Gone) -> Self {
         SinkError::Gone
@@ -111,10 +122,15 @@ impl<S: Slots> Sink<S> {
         })
     }
 
-    /// The next byte is the one at `offset`, the first of a group.
-    pub(super) fn begin(&mut self, offset: u64) {
-        self.index = offset / GROUP_BYTES;
-        self.partial.clear();
+    /// The next group is the one that begins at `offset`. Gives how many bytes of it are here already: a link that breaks
+    /// more often than a group takes still comes to its end.
+    pub(super) fn begin(&mut self, offset: u64) -> u64 {
+        let index = offset / GROUP_BYTES;
+        if index != self.index {
+            self.index = index;
+            self.partial.clear();
+        }
+        self.partial.len() as u64
     }
 
     /// Takes the next bytes. After an error nothing more is taken until [`Sink::begin`].
