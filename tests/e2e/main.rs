@@ -12,5 +12,6 @@ mod limits;
 mod links;
 mod operator;
 mod stream;
+mod syscall_kills;
 mod tls;
 mod tour;

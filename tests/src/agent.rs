@@ -56,6 +56,30 @@ impl Device {
         device
     }
 
+    /// Another device that is configured and filled as this one is, in a directory that has its certificate and key.
+    pub fn twin(&self, dir: PathBuf, id: &str) -> Self {
+        fs::copy(self.config(), dir.join("agent.toml")).unwrap();
+        let twin = Self {
+            id: id.to_owned(),
+            dir,
+            process: None,
+            old: self.old.clone(),
+        };
+        twin.configure(|config| {
+            config.insert("client_id".into(), id.into());
+            let identity = table(config, "identity");
+            for shared in ["node_ca", "root"] {
+                let name = identity[shared].as_str().unwrap();
+                let path = self.dir.join(name).to_str().unwrap().to_owned();
+                identity.insert(shared.into(), path.into());
+            }
+        });
+        for (slot, old) in ["a", "b"].iter().zip(&twin.old) {
+            fs::write(twin.slot_path(slot), old).unwrap();
+        }
+        twin
+    }
+
     /// Changes `agent.toml`; takes effect at the next start.
     pub fn configure(&self, change: impl FnOnce(&mut toml::Table)) {
         let path = self.config();
@@ -100,9 +124,18 @@ impl Device {
 
     /// Runs the agent until there is nothing more to do.
     pub fn once(&self) -> Finished {
-        let mut command = self.command();
-        command.arg("--once").env("FWPUSH_LOG", "info");
+        let mut command = self.once_command();
+        command.env("FWPUSH_LOG", "info");
         run(command)
+    }
+
+    /// The command for that, with a log that tells of acknowledgements.
+    pub fn once_command(&self) -> Command {
+        let mut command = self.command();
+        command
+            .arg("--once")
+            .env("FWPUSH_LOG", "info,fwpush_device=debug");
+        command
     }
 
     /// What `fwpush-device status --json` says.
@@ -193,6 +226,17 @@ impl Device {
             .parse()
             .unwrap();
         kib * 1024
+    }
+
+    /// What the running agent has written so far: bytes in pages of files and block devices that are to be written out. 0
+    /// where they lie in memory.
+    pub fn bytes_written(&mut self) -> u64 {
+        let pid = self.agent().pid();
+        let io = fs::read_to_string(format!("/proc/{}/io", pid.as_raw_nonzero())).unwrap();
+        let pages = io
+            .lines()
+            .find_map(|line| line.strip_prefix("write_bytes:"));
+        pages.unwrap().trim().parse().unwrap()
     }
 
     fn old(&self, slot: &str) -> &[u8] {

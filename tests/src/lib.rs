@@ -3,6 +3,7 @@
 
 pub mod agent;
 pub mod bins;
+pub mod bootloader;
 pub mod client;
 pub mod hostile;
 pub mod http2;
@@ -13,4 +14,5 @@ pub mod proxy;
 pub mod raw;
 pub mod scene;
 pub mod site;
+pub mod trace;
 pub mod wait;

@@ -2,9 +2,9 @@
 
 use std::{
     ffi::OsStr,
-    io::{BufRead as _, BufReader, Read},
+    io::{self, BufRead as _, BufReader, Read, Write as _},
     path::Path,
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, ChildStdin, Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -42,6 +42,17 @@ struct Lines {
     ended: usize,
 }
 
+/// Keeps a program from being executed; see [`Process::spawn_held`].
+#[derive(Debug)]
+pub struct Gate(ChildStdin);
+
+impl Gate {
+    /// Lets the program run.
+    pub fn open(mut self) -> io::Result<()> {
+        self.0.write_all(b"go\n")
+    }
+}
+
 /// What a finished program said.
 #[derive(Debug)]
 pub struct Finished {
@@ -59,10 +70,34 @@ impl Process {
     }
 
     /// Starts a prepared command.
-    pub fn spawn(mut command: Command) -> Self {
+    pub fn spawn(command: Command) -> Self {
+        Self::spawn_with(command, Stdio::null())
+    }
+
+    /// Starts a prepared command whose program is not executed before the gate is opened: its process is there, and waits.
+    pub fn spawn_held(command: &Command) -> (Self, Gate) {
+        let mut held = Command::new("sh");
+        held.args(["-c", "read -r go && exec \"$@\"", "sh"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => held.env(name, value),
+                None => held.env_remove(name),
+            };
+        }
+        if let Some(dir) = command.get_current_dir() {
+            held.current_dir(dir);
+        }
+        let mut process = Self::spawn_with(held, Stdio::piped());
+        let gate = Gate(process.child.stdin.take().expect("piped"));
+        (process, gate)
+    }
+
+    fn spawn_with(mut command: Command, stdin: Stdio) -> Self {
         let name = format!("{command:?}");
         let mut child = command
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
