@@ -11,6 +11,7 @@ mod hostile_server;
 mod limits;
 mod links;
 mod operator;
+mod storage_faults;
 mod stream;
 mod syscall_kills;
 mod tls;

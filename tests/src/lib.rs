@@ -5,6 +5,7 @@ pub mod agent;
 pub mod bins;
 pub mod bootloader;
 pub mod client;
+pub mod disk;
 pub mod hostile;
 pub mod http2;
 pub mod offline;
