@@ -3,7 +3,7 @@
 use fwpush_proto::v1::{Device, DeviceDetail, RunningImage};
 use serde_json::{Value, json};
 
-use super::rollouts::{error_words, rollout_device_json};
+use super::rollouts::{rollout_device_json, why_words};
 use crate::{
     output::{Facts, Table, json_time, time},
     progress::phase_words,
@@ -157,7 +157,7 @@ pub fn device_detail_text(detail: &DeviceDetail) -> String {
                 phase_words(update.phase()),
                 update.attempt.to_string(),
                 time(update.updated_at_ms),
-                error_words(update.error.as_ref()),
+                why_words(update),
             ]);
         }
         text.push('\n');

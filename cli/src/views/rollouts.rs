@@ -170,7 +170,7 @@ pub fn rollout_devices_text(devices: &[RolloutDevice]) -> String {
             phase_words(device.phase()),
             device.attempt.to_string(),
             time(device.updated_at_ms),
-            error_words(device.error.as_ref()),
+            why_words(device),
         ]);
     }
     table.or("No devices.")
@@ -184,13 +184,24 @@ pub fn rollout_device_json(device: &RolloutDevice) -> Value {
         "generation": device.generation,
         "attempt": device.attempt,
         "error": device.error.as_ref().map(|error| json!({ "code": error.code, "message": error.message })),
+        "deferred_until": json_time(device.deferred_until_at_ms),
         "bytes_done": device.bytes_done,
         "offered": json_time(device.offered_at_ms),
         "updated": json_time(device.updated_at_ms),
     })
 }
 
-pub(super) fn error_words(error: Option<&UpdateError>) -> String {
+/// Why a device is where it is: what went wrong, or what it waits for and until when.
+pub(super) fn why_words(device: &RolloutDevice) -> String {
+    let error = error_words(device.error.as_ref());
+    match device.deferred_until_at_ms {
+        0 => error,
+        until if error.is_empty() => format!("put off until {}", time(until)),
+        until => format!("put off until {}: {error}", time(until)),
+    }
+}
+
+fn error_words(error: Option<&UpdateError>) -> String {
     error
         .map(|error| format!("{}: {}", error.code, error.message))
         .unwrap_or_default()

@@ -24,7 +24,8 @@ use crate::{
     slots::{SlotHandle, SlotId, Slots},
     store::{Document, Store, StoreError},
     update::{
-        Context, Failure, Now, Phase, Policy, Stage, Start, State, Updater, facts::DeviceFacts,
+        Context, Failure, Now, Outcome, Phase, Policy, Stage, Start, State, Updater,
+        facts::{DeviceFacts, ImageFacts},
     },
 };
 
@@ -184,7 +185,12 @@ fn salvage(bytes: &[u8]) -> Option<StateDocument> {
     let mut fields: serde_json::Map<_, _> = serde_json::from_slice(bytes).ok()?;
     let fresh = serde_json::to_value(State::new(new_state_id())).ok()?;
     for part in ["failed", "installs", "outcome", "update", "outbox"] {
-        fields.insert(part.to_owned(), fresh.get(part)?.clone());
+        let given_up = fields.insert(part.to_owned(), fresh.get(part)?.clone());
+        if part == "update"
+            && let Some(outcome) = given_up.and_then(unreadable_update)
+        {
+            fields.insert("outcome".to_owned(), serde_json::to_value(outcome).ok()?);
+        }
         if part == "outbox" {
             // The numbers of reports begin anew, which needs another name.
             fields.insert("state_id".to_owned(), fresh.get("state_id")?.clone());
@@ -194,6 +200,25 @@ fn salvage(bytes: &[u8]) -> Option<StateDocument> {
         }
     }
     None
+}
+
+/// How an update ends of which only so much can be read: as failed. The server hears of it when it sends the notice again.
+fn unreadable_update(update: serde_json::Value) -> Option<Outcome> {
+    #[derive(Deserialize)]
+    struct Known {
+        generation: u64,
+        attempt: u32,
+    }
+    let image: Option<ImageFacts> = serde_json::from_value(update.get("image")?.clone()).ok();
+    let known: Known = serde_json::from_value(update).ok()?;
+    let words = "another agent's record of this update cannot be read by this one";
+    Some(Outcome {
+        generation: known.generation,
+        attempt: known.attempt,
+        phase: Phase::Failed,
+        failure: Some(Failure::new("UPDATE_UNREADABLE", words)),
+        image,
+    })
 }
 
 fn new_state_id() -> String {

@@ -33,6 +33,8 @@ pub struct RolloutDeviceRow {
     pub generation: u64,
     pub attempt: u32,
     pub error: Option<ReportError>,
+    /// Until when the device has put it off, by its own clock.
+    pub deferred_until: Option<Timestamp>,
     pub bytes_done: u64,
     /// When its notice was written to its stream.
     pub offered_at: Option<Timestamp>,
@@ -70,6 +72,7 @@ fn update_row(row: &Row, refs: &Refs) -> Result<UpdateRow, DbError> {
         bytes_done: stored.bytes_done,
         bytes_total: stored.bytes_total,
         error: error(row)?,
+        deferred_until: row.opt_time("deferred_until_at_ms")?,
         deadline: row.opt_time("deadline_at_ms")?,
         offered_at: row.opt_time("offered_at_ms")?,
         created_at: row.time("created_at_ms")?,
@@ -158,6 +161,7 @@ const COLUMNS: &[Column] = &[
     Int("bytes_total"),
     Text("error_code"),
     Text("error_message"),
+    Int("deferred_until_at_ms"),
     Int("deadline_at_ms"),
     Int("offered_at_ms"),
     Int("created_at_ms"),
@@ -187,6 +191,7 @@ fn values(rows: &[(&DeviceId, &UpdateRow)], rev: impl Fn(&UpdateRow) -> u64) -> 
             row.bytes_total,
             code,
             message,
+            row.deferred_until.map(Timestamp::as_ms),
             row.deadline.map(Timestamp::as_ms),
             row.offered_at.map(Timestamp::as_ms),
             row.created_at.as_ms(),
@@ -206,7 +211,7 @@ pub(super) async fn update(
     const UPDATE: &str = "UPDATE rollout_devices SET wave = x.wave, hash = x.hash, phase = x.phase, generation = x.generation, \
         attempt = x.attempt, rev = COALESCE(x.rev, rollout_devices.rev), report_boot = x.report_boot, \
         report_seq = x.report_seq, bytes_done = x.bytes_done, bytes_total = x.bytes_total, error_code = x.error_code, \
-        error_message = x.error_message, deadline_at_ms = x.deadline_at_ms, offered_at_ms = x.offered_at_ms, \
+        error_message = x.error_message, deferred_until_at_ms = x.deferred_until_at_ms, deadline_at_ms = x.deadline_at_ms, offered_at_ms = x.offered_at_ms, \
         created_at_ms = x.created_at_ms, updated_at_ms = x.updated_at_ms, rejoin = x.rejoin \
         FROM {rows} AS x WHERE rollout_devices.rollout_id = x.rollout_id AND rollout_devices.device_id = x.device_id";
     tx.execute_for("save updates of devices", UPDATE, values(rows, rev), vec![])
@@ -221,11 +226,11 @@ pub(super) async fn insert(
     rev: impl Fn(&UpdateRow) -> u64,
 ) -> Result<(), DbError> {
     const INSERT: &str = "INSERT INTO rollout_devices (rollout_id, device_id, wave, hash, phase, generation, attempt, rev, \
-        report_boot, report_seq, bytes_done, bytes_total, error_code, error_message, deadline_at_ms, offered_at_ms, \
-        created_at_ms, updated_at_ms, rejoin) \
+        report_boot, report_seq, bytes_done, bytes_total, error_code, error_message, deferred_until_at_ms, \
+        deadline_at_ms, offered_at_ms, created_at_ms, updated_at_ms, rejoin) \
         SELECT x.rollout_id, x.device_id, x.wave, x.hash, x.phase, x.generation, x.attempt, COALESCE(x.rev, 0), \
-        x.report_boot, x.report_seq, x.bytes_done, x.bytes_total, x.error_code, x.error_message, x.deadline_at_ms, \
-        x.offered_at_ms, x.created_at_ms, x.updated_at_ms, x.rejoin FROM {rows} AS x";
+        x.report_boot, x.report_seq, x.bytes_done, x.bytes_total, x.error_code, x.error_message, \
+        x.deferred_until_at_ms, x.deadline_at_ms, x.offered_at_ms, x.created_at_ms, x.updated_at_ms, x.rejoin FROM {rows} AS x";
     tx.execute_for(
         "add devices to a rollout",
         INSERT,
@@ -400,6 +405,7 @@ fn shown(row: &Row) -> Result<RolloutDeviceRow, DbError> {
         generation: row.u64("generation")?,
         attempt: row.u32("attempt")?,
         error: error(row)?,
+        deferred_until: row.opt_time("deferred_until_at_ms")?,
         bytes_done: row.u64("bytes_done")?,
         offered_at: row.opt_time("offered_at_ms")?,
         updated_at: row.time("updated_at_ms")?,

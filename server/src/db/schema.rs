@@ -18,11 +18,18 @@ struct Migration {
     sqlite: &'static str,
 }
 
-const MIGRATIONS: &[Migration] = &[Migration {
-    version: 1,
-    oldest_binary: 1,
-    sqlite: include_str!("../../migrations/sqlite/0001_initial.sql"),
-}];
+const MIGRATIONS: &[Migration] = &[
+    Migration {
+        version: 1,
+        oldest_binary: 1,
+        sqlite: include_str!("../../migrations/sqlite/0001_initial.sql"),
+    },
+    Migration {
+        version: 2,
+        oldest_binary: 1,
+        sqlite: include_str!("../../migrations/sqlite/0002_deferred_until.sql"),
+    },
+];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.
 pub(super) async fn migrate(engine: &Engine) -> Result<(), DbError> {
@@ -76,6 +83,16 @@ async fn migrate_with(engine: &Engine, migrations: &[Migration]) -> Result<(), D
 mod tests {
     use super::*;
 
+    /// The newest step that this binary knows; databases here have it already.
+    fn newest() -> Migration {
+        let version = MIGRATIONS.last().unwrap().version;
+        Migration {
+            version,
+            oldest_binary: 1,
+            sqlite: "",
+        }
+    }
+
     #[tokio::test]
     async fn a_database_that_a_newer_binary_extended_opens_and_one_that_it_closed_to_us_is_refused()
     {
@@ -84,37 +101,31 @@ mod tests {
         migrate(&engine).await.unwrap();
         migrate(&engine).await.unwrap();
         let newer = |oldest_binary| Migration {
-            version: 2,
+            version: newest().version + 1,
             oldest_binary,
             sqlite: "CREATE TABLE later (a INTEGER) STRICT",
         };
-        let first = || Migration {
-            version: 1,
-            oldest_binary: 1,
-            sqlite: "",
-        };
-        migrate_with(&engine, &[first(), newer(1)]).await.unwrap();
+        migrate_with(&engine, &[newest(), newer(1)]).await.unwrap();
         migrate(&engine).await.unwrap();
         let contract = Migration {
-            version: 3,
-            oldest_binary: 3,
+            version: newest().version + 2,
+            oldest_binary: newest().version + 2,
             sqlite: "DROP TABLE later",
         };
-        migrate_with(&engine, &[first(), newer(1), contract])
+        migrate_with(&engine, &[newest(), newer(1), contract])
             .await
             .unwrap();
         let refused = migrate(&engine).await.unwrap_err();
-        assert!(
-            matches!(
-                refused,
-                DbError::NewerSchema {
-                    found: 3,
-                    oldest: 3,
-                    ours: 1
-                }
-            ),
-            "{refused}"
-        );
+        let DbError::NewerSchema {
+            found,
+            oldest,
+            ours,
+        } = refused
+        else {
+            panic!("{refused}")
+        };
+        let version = newest().version;
+        assert_eq!((found, oldest, ours), (version + 2, version + 2, version));
     }
 
     #[tokio::test]
@@ -122,17 +133,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let engine = Engine::open("sqlite:test.db", dir.path()).await.unwrap();
         migrate(&engine).await.unwrap();
-        let first = || Migration {
-            version: 1,
-            oldest_binary: 1,
-            sqlite: "",
-        };
         let broken = Migration {
-            version: 2,
+            version: newest().version + 1,
             oldest_binary: 1,
             sqlite: "CREATE TABLE half (a INTEGER) STRICT; NONSENSE",
         };
-        migrate_with(&engine, &[first(), broken]).await.unwrap_err();
+        migrate_with(&engine, &[newest(), broken])
+            .await
+            .unwrap_err();
         let left = engine
             .rows(
                 "look",

@@ -15,7 +15,7 @@ use crate::{
     driver,
     ingest::{self, AckSink, Decision, DeviceReport, ReportKind},
     rollout::{Phase, RolloutAction, RolloutState},
-    rollouts::{self, RolloutView, StartRollout, Target},
+    rollouts::{self, RolloutDeviceRow, RolloutView, StartRollout, Target},
 };
 
 pub(crate) const STATE: &str = "00112233445566778899aabbccddeeff";
@@ -161,13 +161,16 @@ impl Bench {
             .map(|row| row.phase)
     }
 
-    pub(crate) async fn error_code(&self, rollout: &RolloutId, name: &str) -> String {
+    /// The device's part in the rollout, as it is shown.
+    pub(crate) async fn row(&self, rollout: &RolloutId, name: &str) -> RolloutDeviceRow {
         let rows = self.db.updates_of(&id(name), 100).await.unwrap();
-        let row = rows.iter().find(|row| row.rollout_id == *rollout).unwrap();
-        row.error
-            .as_ref()
-            .map(|error| error.code.clone())
-            .unwrap_or_default()
+        let row = rows.into_iter().find(|row| row.rollout_id == *rollout);
+        row.unwrap()
+    }
+
+    pub(crate) async fn error_code(&self, rollout: &RolloutId, name: &str) -> String {
+        let error = self.row(rollout, name).await.error;
+        error.map(|error| error.code).unwrap_or_default()
     }
 
     pub(crate) async fn desired(&self, name: &str) -> Arc<Desired> {

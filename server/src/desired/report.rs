@@ -104,23 +104,27 @@ impl DeviceState {
             Decision::Accepted => self.advance(Phase::Accepted, now),
             Decision::Rejected => self.end(Phase::Rejected, error, now),
             Decision::Deferred { until } => {
-                if let Some(row) = self
-                    .row
-                    .as_mut()
-                    .filter(|row| row.phase.may_become(Phase::Deferred))
-                {
+                let Some(row) = &mut self.row else { return };
+                if row.phase.may_become(Phase::Deferred) {
                     row.error = error;
                     row.enter(Phase::Deferred, Some(until), now);
+                } else if row.phase.may_be_put_off() {
+                    row.put_off(until, error, now);
                 }
             }
         }
     }
 
-    /// A step forward that does not end the update. Backwards or standing still: nothing.
+    /// A step forward that does not end the update. Backwards or standing still: only that the device goes on, where it had put
+    /// its update off.
     fn advance(&mut self, phase: Phase, now: Timestamp) {
-        let Some(row) = self.row.as_mut().filter(|row| row.phase.may_become(phase)) else {
+        let Some(row) = &mut self.row else { return };
+        if !row.phase.may_become(phase) {
+            if row.deferred_until.is_some() && row.phase.may_be_put_off() {
+                row.go_on(now);
+            }
             return;
-        };
+        }
         row.enter(phase, None, now);
         row.error = None;
         // The device may tell of the notice before the stream's task does.
@@ -149,7 +153,7 @@ impl DeviceState {
         let total = if total == 0 { image } else { total.min(image) };
         let done = done.min(total);
         if row.phase == Phase::Downloading && done > row.bytes_done {
-            row.enter(Phase::Downloading, None, now);
+            row.go_on(now);
         }
         (row.bytes_done, row.bytes_total) = (done, total);
     }

@@ -51,6 +51,8 @@ pub(crate) struct UpdateRow {
     pub bytes_done: u64,
     pub bytes_total: u64,
     pub error: Option<ReportError>,
+    /// Until when the device has put it off, by its own clock; in any phase before its trial.
+    pub deferred_until: Option<Timestamp>,
     pub deadline: Option<Timestamp>,
     pub offered_at: Option<Timestamp>,
     pub created_at: Timestamp,
@@ -87,6 +89,7 @@ impl UpdateRow {
             bytes_done: 0,
             bytes_total: 0,
             error: None,
+            deferred_until: None,
             deadline: None,
             offered_at: None,
             created_at: now,
@@ -105,9 +108,25 @@ impl UpdateRow {
         now: Timestamp,
     ) {
         self.phase = phase;
+        // What is believed of it, so that nobody reads of a wait that is longer than ours.
+        let latest = now.saturating_add(limits::TIMEOUTS.longest_deferral);
+        self.deferred_until = deferred_until.map(|until| until.clamp(now, latest));
         self.deadline = deadline(phase, now, deferred_until, &limits::TIMEOUTS);
         self.updated_at = now;
         self.changed = true;
+    }
+
+    /// The device waits where it is, for a reason of its own: it is given the time of a deferral.
+    pub(super) fn put_off(&mut self, until: Timestamp, error: Option<ReportError>, now: Timestamp) {
+        let phase = self.phase;
+        self.enter(Phase::Deferred, Some(until), now);
+        (self.phase, self.error) = (phase, error);
+    }
+
+    /// The device goes on where it put its update off.
+    pub(super) fn go_on(&mut self, now: Timestamp) {
+        self.enter(self.phase, None, now);
+        self.error = None;
     }
 }
 

@@ -607,4 +607,20 @@ mod tests {
         std::os::unix::fs::symlink(&secret, store.path(&id)).unwrap();
         assert!(store.get(&id).is_err());
     }
+
+    #[test]
+    fn an_upload_is_not_written_through_a_symbolic_link() {
+        let (dir, store) = store();
+        let (content, id) = image(200_000);
+        let foreign = dir.path().join("foreign");
+        fs::write(&foreign, "x").unwrap();
+        std::os::unix::fs::symlink(&foreign, store.upload_path(&id)).unwrap();
+        // Whatever it says that it holds.
+        let received = store.received(&id).unwrap();
+        let written = store
+            .upload(id, 200_000, received, "op")
+            .and_then(|mut upload| upload.append(&content[..100]));
+        assert!(matches!(written, Err(StoreError::Io { .. })), "{written:?}");
+        assert_eq!(fs::read(&foreign).unwrap(), b"x");
+    }
 }

@@ -333,6 +333,8 @@ impl World {
 fn check_step(before: &RolloutDeviceRow, after: &RolloutDeviceRow) {
     let words = format!("{before:?}\n{after:?}");
     assert!(after.generation >= before.generation, "{words}");
+    let may_wait = after.phase == Phase::Deferred || after.phase.may_be_put_off();
+    assert!(after.deferred_until.is_none() || may_wait, "{words}");
     if after.generation > before.generation {
         let rejoined = before.phase == Phase::Cancelled && after.attempt == 1;
         assert!(!before.phase.is_terminal() || rejoined, "{words}");

@@ -86,6 +86,12 @@ impl Phase {
         self as u8 >= Self::Verified as u8 && !self.is_terminal()
     }
 
+    /// A device that has come this far and waits for its hour, its link or its owner stays in its phase: the wait is noted
+    /// beside it.
+    pub const fn may_be_put_off(self) -> bool {
+        matches!(self, Self::Downloading | Self::Verified | Self::Installing)
+    }
+
     /// Whether a report of `next` counts for a device in this phase: never backwards, never out of a terminal phase. Only a device
     /// that deferred decides anew, as often as it likes.
     pub fn may_become(self, next: Self) -> bool {

@@ -311,7 +311,7 @@ async fn of_a_state_that_a_newer_agent_wrote_all_is_kept_that_can_be_read() {
     assert_eq!(status.state_id, old["state_id"].as_str().unwrap());
     assert_eq!(
         (status.generation, status.phase, status.floor),
-        (1, None, 1)
+        (1, Some(Phase::Failed), 1)
     );
     assert_eq!(
         status.unacknowledged,
@@ -324,6 +324,39 @@ async fn of_a_state_that_a_newer_agent_wrote_all_is_kept_that_can_be_read() {
     let status = bench.agent(|_| {}).status();
     assert_ne!(status.state_id, old["state_id"].as_str().unwrap());
     assert_eq!((status.generation, status.floor), (1, 1));
+}
+
+/// The image that a newer agent belongs to was rolled back in the middle of something that this one does not know.
+#[tokio::test]
+async fn an_update_whose_stage_only_a_newer_agent_knows_is_reported_as_failed() {
+    let bench = Bench::new();
+    bench.release(1, "1.1.0", &image(1, 0));
+    bench.server.books.lock().unwrap().silent = true;
+    let verified = |event: &AgentEvent| matches!(event, AgentEvent::Phase { phase, .. } if *phase == Phase::Verified);
+    bench.run_until(verified).await;
+    bench.server.books.lock().unwrap().silent = false;
+    let bytes = bench.store.load(Document::State).unwrap().unwrap();
+    let mut state: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    state["update"]["stage"] = serde_json::json!({"hovering": {"metres": 3}});
+    let text = state.to_string();
+    bench.store.save(Document::State, text.as_bytes()).unwrap();
+    let told = |kind: &FromDevice| {
+        matches!(kind, FromDevice::Report(report)
+            if report.phase() == v1::Phase::Failed && report.generation == 1
+                && report.error.as_ref().is_some_and(|error| error.code == "UPDATE_UNREADABLE"))
+    };
+    let acked = |event: &AgentEvent| matches!(event, AgentEvent::Acked { .. });
+    while !bench.heard().iter().any(told) {
+        bench.run_until(acked).await;
+    }
+    // What the server wants next is done.
+    bench.release(2, "1.1.0", &image(1, 0));
+    let (_, events) = bench.run_until(ended).await;
+    let phases = events.iter().filter_map(|event| match event {
+        AgentEvent::Phase { phase, .. } => Some(*phase),
+        _ => None,
+    });
+    assert!(phases.into_iter().any(|phase| phase == Phase::Verified));
 }
 
 #[tokio::test]

@@ -110,6 +110,7 @@ pub fn rollout_device(row: &RolloutDeviceRow) -> v1::RolloutDevice {
         offered_at_ms: ms(row.offered_at),
         updated_at_ms: row.updated_at.as_ms(),
         rollout_id: row.rollout_id.to_string(),
+        deferred_until_at_ms: ms(row.deferred_until),
     }
 }
 

@@ -6,12 +6,12 @@ use super::super::*;
 use crate::{
     db::testing::*,
     desired::DesiredAction,
-    ingest::{Decision, ReportKind},
+    ingest::{Decision, ReportError, ReportKind},
     rollout::Phase,
 };
 use Phase::{
-    Accepted, Cancelled, Downloading, Offered, Pending, Rejected, RolledBack, Succeeded, TimedOut,
-    Verified,
+    Accepted, Cancelled, Downloading, Installing, Offered, Pending, Rebooting, Rejected,
+    RolledBack, Succeeded, TimedOut, Verified,
 };
 
 #[tokio::test]
@@ -304,6 +304,63 @@ async fn a_rejection_keeps_its_reason_and_a_deferral_too() {
     bench.say("b", accepted()).await;
     assert_eq!(bench.error_code(&rollout, "b").await, "");
     assert_eq!(bench.event_kinds("a").await[0], "REJECTED");
+}
+
+/// An install window, a metered link, a hook before the trial: the device waits where it is, for longer than a step may take.
+#[tokio::test]
+async fn a_device_that_puts_off_what_it_has_begun_stays_in_its_phase_and_shows_why_and_until_when()
+{
+    const DAY: Duration = Duration::from_secs(86_400);
+    let deferred = |until| ReportKind::Reply {
+        decision: Decision::Deferred { until },
+        error: Some(ReportError::new("INSTALL_WINDOW", "")),
+    };
+    for (phase, silent) in [
+        (Downloading, false),
+        (Verified, false),
+        (Installing, false),
+        (Verified, true),
+    ] {
+        let mut bench = Bench::sqlite().await;
+        bench.add_all(&["a"]).await;
+        let (release, rollout) = bench.roll_out("1.1.0").await;
+        bench.register("a", facts("1.0.0")).await;
+        bench.say("a", accepted()).await;
+        bench.say("a", downloading(10)).await;
+        if phase != Downloading {
+            bench.say("a", file_ack(&release)).await;
+        }
+        if phase == Installing {
+            bench.say("a", reached(Installing)).await;
+        }
+        let until = bench.db.now().saturating_add(2 * DAY);
+        bench.say("a", deferred(until)).await;
+        bench.db.advance_clock(DAY);
+        bench.drive().await;
+        let row = bench.row(&rollout, "a").await;
+        assert_eq!((row.phase, row.deferred_until), (phase, Some(until)));
+        assert_eq!(row.error.unwrap().code, "INSTALL_WINDOW");
+        bench.check_counts().await;
+        if silent {
+            bench.db.advance_clock(2 * DAY);
+            bench.drive().await;
+            assert_eq!(bench.phase(&rollout, "a").await, Some(TimedOut));
+            continue;
+        }
+        // It goes on: what it says next depends on where it waited.
+        let next = match phase {
+            Downloading => downloading(20),
+            _ => file_ack(&release),
+        };
+        bench.say("a", next).await;
+        let row = bench.row(&rollout, "a").await;
+        assert_eq!((row.phase, row.deferred_until), (phase, None));
+        assert!(row.error.is_none());
+        bench.say("a", reached(Rebooting)).await;
+        bench.say("a", deferred(until)).await;
+        let row = bench.row(&rollout, "a").await;
+        assert_eq!((row.phase, row.deferred_until), (Rebooting, None));
+    }
 }
 
 #[tokio::test]
