@@ -21,7 +21,8 @@ Examples:
   fwpush-bench download                      CPU per GiB beside a reference; one verifying device
   fwpush-bench download --clients 64 --json  with 64 clients, as one JSON object
   fwpush-bench idle --streams 5000           memory of the server per connected, silent device
-  fwpush-bench notice --devices 1000         how soon every device knows of a release"
+  fwpush-bench notice --devices 1000         how soon every device knows of a release
+  fwpush-bench agent --size 256MiB           memory and flash that an update takes on a device"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -47,6 +48,7 @@ pub enum Command {
     Download(DownloadArgs),
     Idle(IdleArgs),
     Notice(NoticeArgs),
+    Agent(AgentArgs),
     #[command(flatten)]
     Hidden(Hidden),
 }
@@ -98,6 +100,21 @@ pub struct NoticeArgs {
     /// Rollouts, one after the other
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=limits::ROUNDS))]
     pub rounds: u32,
+}
+
+/// Memory that the agent takes during an update with default settings, and what it writes
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  fwpush-bench agent --size 256MiB --agent target/release/fwpush-device")]
+pub struct AgentArgs {
+    /// Size of the image
+    #[arg(long, default_value = "256MiB", value_parser = size)]
+    pub size: u64,
+
+    /// The program to measure [default: fwpush-device beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub agent: Option<PathBuf>,
 }
 
 /// The servers: started by this program, not by a person.

@@ -116,7 +116,7 @@ impl ServerProcess {
         let pid = self.child.id().context("the server process has ended")?;
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
             .context("look at the server process")?;
-        resident_bytes(&status).context("no VmRSS in the status of the server process")
+        bytes_of("VmRSS:", &status).context("no VmRSS in the status of the server process")
     }
 
     /// Lets the process end, and waits until it has.
@@ -139,11 +139,9 @@ async fn answer(answers: &mut Lines<BufReader<ChildStdout>>, limit: Duration) ->
     line.context("the server process has ended; its last words are above")
 }
 
-/// `VmRSS` of `/proc/<pid>/status`, which is in KiB (proc_pid_status(5)).
-fn resident_bytes(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+/// A field of `/proc/<pid>/status` that is in KiB (proc_pid_status(5)), such as `VmRSS:`, in bytes.
+pub fn bytes_of(field: &str, status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim()
         .strip_suffix(" kB")?
         .parse::<u64>()
@@ -205,7 +203,7 @@ mod tests {
     #[test]
     fn resident_memory_is_read_in_bytes() {
         let status = "Name:\tx\nVmHWM:\t   9000 kB\nVmRSS:\t    8192 kB\nThreads:\t3\n";
-        assert_eq!(resident_bytes(status), Some(8 << 20));
-        assert_eq!(resident_bytes("Name:\tx\n"), None);
+        assert_eq!(bytes_of("VmRSS:", status), Some(8 << 20));
+        assert_eq!(bytes_of("VmRSS:", "Name:\tx\n"), None);
     }
 }

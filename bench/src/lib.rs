@@ -1,4 +1,4 @@
-//! Benchmarks of the real server and the real agent: `fwpush-bench download | idle | notice`.
+//! Benchmarks of the real server and the real agent: `fwpush-bench download | idle | notice | agent`.
 //!
 //! Absolute figures belong to one machine and one minute. So everything that is compared is measured in the same run, its
 //! parts interleaved round by round, and the ratio is what to look at. Servers are processes of their own: this program
@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod args;
 pub mod child;
 pub mod cores;
@@ -72,6 +73,9 @@ fn run(cli: Cli) -> Result<()> {
         }),
         Command::Idle(args) => measure(cli.shared.no_pin, async |cores| {
             idle::run(&args, cores).await?.print(cli.shared.json)
+        }),
+        Command::Agent(args) => measure(cli.shared.no_pin, async |cores| {
+            agent::run(&args, cores).await?.print(cli.shared.json)
         }),
         Command::Notice(args) => measure(cli.shared.no_pin, async |cores| {
             notice::run(&args, cores).await?.print(cli.shared.json)

@@ -51,18 +51,22 @@ impl Operator {
         count: u32,
     ) -> Result<Vec<(DeviceId, Credentials)>> {
         stream::iter(0..count)
-            .map(|number| self.add_device(site, kind, number))
+            .map(|number| async move {
+                let (id, certificate) = self.add_device(site, kind, number).await?;
+                Ok((id, site.device(&certificate)?))
+            })
             .buffered(limits::CALLS)
             .try_collect()
             .await
     }
 
-    async fn add_device(
+    /// Adds the device `kind`-`number` and gives its certificate, PEM.
+    pub async fn add_device(
         &self,
         site: &Site,
         kind: &str,
         number: u32,
-    ) -> Result<(DeviceId, Credentials)> {
+    ) -> Result<(DeviceId, String)> {
         let id = crate::site::device_id(kind, number)?;
         let request = AddDeviceRequest {
             client_id: id.to_string(),
@@ -75,7 +79,7 @@ impl Operator {
         };
         let mut admin = self.admin.clone();
         let added = call("add a device", limits::CALL_TIME, admin.add_device(request)).await?;
-        Ok((id, site.device(&added.certificate_pem)?))
+        Ok((id, added.certificate_pem))
     }
 
     /// Uploads an image.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::Write as _,
+    net::SocketAddr,
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
@@ -147,6 +148,57 @@ impl Site {
     /// The key of every device with the certificate of one.
     pub fn device(&self, certificate_pem: &str) -> Result<Credentials> {
         Ok(Credentials::from_pem(certificate_pem, &self.device_key)?)
+    }
+
+    /// Makes the directory of a device whose slots hold `capacity` bytes; gives its `agent.toml`, which sets nothing that has a
+    /// default, but that nobody boots it.
+    pub fn device_files(
+        &self,
+        id: &DeviceId,
+        certificate_pem: &str,
+        server: SocketAddr,
+        capacity: u64,
+    ) -> Result<PathBuf> {
+        let (trust_domain, product, hw_id) = (&self.trust_domain, &self.product, &self.hw_id);
+        let files = Files {
+            base: self.dir.path(),
+        };
+        files.make_dir("device")?;
+        files.write("device/device.crt", certificate_pem)?;
+        files.write("device/device.key", self.device_key.as_bytes())?;
+        files.write(
+            "device/agent.toml",
+            format!(
+                r#"servers = ["{server}"]
+trust_domain = "{trust_domain}"
+client_id = "{id}"
+product = "{product}"
+hw_id = "{hw_id}"
+hw_rev = {HW_REV}
+channels = ["stable"]
+state_dir = "state"
+
+[identity]
+certificate = "device.crt"
+key = "device.key"
+node_ca = "../pki/node-ca.crt"
+root = "../trust/1.root.json"
+
+[slots]
+kind = "files"
+a = "slot-a.img"
+b = "slot-b.img"
+capacity_bytes = {capacity}
+boot_record = "boot.rec"
+boot = "emulated"
+
+[running]
+version = "1.0.0"
+security_counter = 0
+"#
+            ),
+        )?;
+        Ok(self.dir.path().join("device/agent.toml"))
     }
 
     /// TLS towards the servers.

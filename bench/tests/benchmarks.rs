@@ -79,6 +79,25 @@ fn downloads_are_measured_beside_the_reference_and_a_device_verifies() {
     assert_eq!(result["rounds"].as_array().unwrap().len(), 2);
 }
 
+/// The agent is another package's program: `./test.sh` builds it beside this one.
+#[test]
+fn the_memory_of_an_agent_is_measured() {
+    let agent = Path::new(env!("CARGO_BIN_EXE_fwpush-bench")).with_file_name("fwpush-device");
+    if !agent.exists() {
+        println!("SKIPPED: {} is not built", agent.display());
+        return;
+    }
+    let result = run(&["agent", "--size", "3MiB"]);
+    assert_eq!(result["image_bytes"], 3 << 20, "{result}");
+    let bytes = |name: &str| result[name].as_u64().unwrap();
+    assert!(bytes("agent_bytes") > 1 << 20, "{result}");
+    assert!(bytes("idle_bytes") > 1 << 20, "{result}");
+    assert!(bytes("peak_bytes") >= bytes("idle_bytes"), "{result}");
+    // 0 where temporary files lie in memory.
+    let written = bytes("written_bytes");
+    assert!(written == 0 || written >= 3 << 20, "{result}");
+}
+
 #[test]
 fn idle_streams_are_counted() {
     let result = run(&["idle", "--streams", "30"]);
