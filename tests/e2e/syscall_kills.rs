@@ -155,9 +155,14 @@ impl Fleet {
                     fwpush_tests::process::run(device.once_command());
                 (Some(code), stderr.lines().map(str::to_owned).collect())
             } else {
-                let at = kill.map(|kill| KillAt {
-                    call: kill.at.call - update.calls,
-                    ..kill.at
+                // Nothing stands behind a call that never came back, such as the process' last.
+                let at = kill.and_then(|kill| {
+                    let call = kill
+                        .at
+                        .call
+                        .checked_sub(update.calls)
+                        .filter(|call| *call > 0)?;
+                    Some(KillAt { call, ..kill.at })
                 });
                 let (status, log, seen) =
                     Traced::start(&device.once_command(), counted, at)?.wait();
