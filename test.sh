@@ -38,6 +38,7 @@ needs=(
   "swupdate swupdate the SWUpdate example"
   "fw_setenv libubootenv-tool the SWUpdate example"
   "cpio cpio images of the SWUpdate example"
+  "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketime.so.1 libfaketime agents whose clock is wrong or steps"
 )
 missing=()
 for need in "${needs[@]}"; do

@@ -3,6 +3,7 @@
 mod agent_kills;
 mod bad_image;
 mod board;
+mod clocks;
 mod corruption;
 mod demo;
 mod download;

@@ -90,9 +90,16 @@ impl Device {
 
     /// Starts the agent, with a log that says everything.
     pub fn start(&mut self) -> &mut Process {
+        self.start_with(&[])
+    }
+
+    /// As [`Self::start`], with more in its environment.
+    pub fn start_with(&mut self, env: &[(&str, &Path)]) -> &mut Process {
         assert!(self.process.is_none(), "the agent runs already");
         let mut command = self.command();
-        command.env("FWPUSH_LOG", "info,fwpush_device=trace");
+        command
+            .env("FWPUSH_LOG", "info,fwpush_device=trace")
+            .envs(env.iter().copied());
         self.process.insert(Process::spawn(command))
     }
 

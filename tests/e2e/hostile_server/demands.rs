@@ -189,6 +189,98 @@ async fn a_server_cannot_reinstall_for_ever() {
     assert_eq!(scene.device.status()["boot_count"], installs + 1);
 }
 
+/// What runs is not installed again, under whatever number it is asked for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_runs_already_is_not_installed_again_however_often_it_is_pushed() {
+    let mut scene = Scene::new().await;
+    let manifest = scene.offline.sign(&scene.release(Action::Install));
+    let notice = scene.notice(Action::Install, 1, manifest.clone());
+    scene.expect_install(notice, "1.1.0").await;
+    let (storage, asked) = (scene.device.storage(), scene.server.asked());
+    let boots = scene.device.status()["boot_count"].clone();
+    for generation in 2..12 {
+        let notice = scene.notice(Action::Install, generation * 1_000, manifest.clone());
+        let report = scene.server.see_through(&mut scene.session, notice).await;
+        assert_eq!(report.unwrap().phase(), Phase::Succeeded);
+    }
+    assert!(scene.device.storage() == storage, "something was written");
+    assert_eq!(scene.server.asked(), asked);
+    assert_eq!(scene.device.status()["boot_count"], boots);
+}
+
+/// Mirrors at hosts that the device's configuration does not allow: not even a connection is made to them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_foreign_mirror_is_never_contacted() {
+    let mut scene = Scene::new().await;
+    let foreign = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    foreign.set_nonblocking(true).unwrap();
+    let port = foreign.local_addr().unwrap().port();
+    let urls = [
+        format!("https://127.0.0.1:{port}/image"),
+        format!("http://127.0.0.1:{port}/image"),
+        format!("https://localhost:{port}/image"),
+        format!("https://{0}@127.0.0.1:{port}/image", "updates.example"),
+        format!("file:///proc/self/environ#127.0.0.1:{port}"),
+    ];
+    let mirrors = urls.map(|url| fwpush_proto::v1::Mirror {
+        url,
+        expires_at_ms: i64::MAX,
+    });
+    let manifest = scene.offline.sign(&scene.release(Action::Install));
+    let mut notice = scene.notice(Action::Install, 1, manifest.clone());
+    notice.mirrors = mirrors.to_vec();
+    scene.expect_install(notice, "1.1.0").await;
+    // Nor where the server itself sends nothing.
+    scene
+        .server
+        .serve(|_| Err(Status::not_found("look at a mirror")));
+    scene.image = Image::new(filler("another image", 200_000));
+    let release = scene.offline.release(&scene.image.content, "1.2.0");
+    let manifest = scene.offline.sign(&release);
+    let mut notice = scene.notice(Action::Install, 2, manifest);
+    notice.mirrors = mirrors.to_vec();
+    scene.session.generation = 2;
+    scene.session.say(ToDevice::FileNotice(notice)).await;
+    let deferred = |kind: &FromDevice| matches!(kind, FromDevice::NoticeReply(reply) if reply.reason.as_ref().is_some_and(|reason| reason.code == "FILE_NOT_FOUND"));
+    scene.session.until(deferred).await;
+    let seen = foreign.accept().map(|(_, from)| from).unwrap_err();
+    assert_eq!(seen.kind(), std::io::ErrorKind::WouldBlock, "{seen}");
+}
+
+/// A server that is always busy and says "at once" is asked with pauses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_busy_server_that_names_no_wait_or_an_absurd_one_is_not_asked_in_a_loop() {
+    for wait in ["0", "-1", "soon"] {
+        let mut scene = Scene::new().await;
+        scene.server.serve(move |_| {
+            let mut busy = Status::resource_exhausted("too many downloads");
+            let wait = wait.parse().unwrap();
+            busy.metadata_mut().insert("retry-after-ms", wait);
+            Err(busy)
+        });
+        let manifest = scene.offline.sign(&scene.release(Action::Install));
+        let notice = scene.notice(Action::Install, 1, manifest);
+        let (start, cpu) = (Instant::now(), scene.device.agent().cpu_time());
+        scene
+            .session
+            .say(ToDevice::FileNotice(notice.clone()))
+            .await;
+        let busy = |line: &str| line.contains("transfer.cut") && line.contains("SERVER_BUSY");
+        let mut from = 0;
+        for _ in 0..3 {
+            from = scene.device.agent().line_where(from, "busy", busy).0;
+        }
+        // Half a second at least between two calls.
+        let asked = scene.server.asked().len() as u64;
+        let most = 1 + start.elapsed().as_millis() as u64 / 500;
+        assert!(asked <= most, "{asked} calls in {:?}", start.elapsed());
+        let cpu = scene.device.agent().cpu_time() - cpu;
+        assert!(cpu < start.elapsed() / 2, "busy for {cpu:?}");
+        scene.server.serve(proper(&scene.image));
+        scene.expect_install(notice, "1.1.0").await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_trial_begins_only_when_the_server_has_acknowledged_the_file() {
     let mut scene = Scene::new().await;
