@@ -359,15 +359,22 @@ impl Site {
         self.fwpush(&["device", "show", id, "--json"]).ok().json()
     }
 
-    /// The server's metrics.
-    pub fn metrics_text(&self) -> String {
+    /// Status line and body of a plain GET from the listener of probes and metrics.
+    pub fn get(&self, path: &str) -> (String, String) {
         use std::io::{Read as _, Write as _};
         let mut tcp = std::net::TcpStream::connect(self.metrics).unwrap();
-        tcp.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            .unwrap();
-        let mut text = String::new();
-        tcp.read_to_string(&mut text).unwrap();
-        text
+        tcp.set_read_timeout(Some(crate::wait::LONG)).unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        tcp.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        tcp.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.lines().next().unwrap().to_owned(), body.to_owned())
+    }
+
+    /// The server's metrics.
+    pub fn metrics_text(&self) -> String {
+        self.get("/metrics").1
     }
 }
 

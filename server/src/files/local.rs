@@ -600,11 +600,12 @@ mod tests {
     #[test]
     fn a_symbolic_link_in_the_store_is_not_followed() {
         let (dir, store) = store();
-        let (_, id) = image(10);
-        let secret = dir.path().join("secret");
-        fs::write(&secret, "x").unwrap();
-        fs::create_dir_all(store.path(&id).parent().unwrap()).unwrap();
-        std::os::unix::fs::symlink(&secret, store.path(&id)).unwrap();
+        let (content, id) = image(10);
+        put(&store, &content, id).unwrap();
+        // Also where it leads to the right bytes: whoever can make it lead there can make it lead elsewhere.
+        let elsewhere = dir.path().join("elsewhere");
+        fs::rename(store.path(&id), &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, store.path(&id)).unwrap();
         assert!(store.get(&id).is_err());
     }
 

@@ -1,16 +1,9 @@
 //! `fwpush init` and `fwpush serve`: what they write, what they need, and how the server is told things.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    io::{Read as _, Write as _},
-    net::TcpStream,
-    os::unix::fs::PermissionsExt as _,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use fwpush_proto::v1::{GetServerInfoRequest, admin_service_client::AdminServiceClient};
-use fwpush_tests::{bins::bin, process::run, site::Site, wait::LONG};
+use fwpush_tests::{bins::bin, process::run, site::Site};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tonic_health::pb::{
@@ -153,6 +146,9 @@ fn the_exit_code_tells_failure_from_wrong_usage() {
         2,
         "arguments are missing"
     );
+    let nowhere = site.temp().join("nowhere");
+    let nowhere = nowhere.to_str().unwrap();
+    assert_eq!(site.fwpush(&["serve", "--dir", nowhere]).code, 2);
     site.stop_server();
     let away = site.fwpush(&["device", "list"]);
     assert_eq!(away.code, 1, "{away:?}");
@@ -204,34 +200,22 @@ fn terminated_the_server_tells_its_devices_drains_and_ends_well() {
     site.stop_server();
     site.server().line_with("The server drains.");
     site.server().line_with("The server has stopped.");
+    device
+        .agent()
+        .line_after(from, "this node is stopping; connect again");
     // The device comes back by itself.
     site.start();
     device.agent().line_after(from, "Registered.");
-}
-
-/// Status line and body of a plain GET.
-fn get(site: &Site, path: &str) -> (String, String) {
-    let mut tcp = TcpStream::connect(site.metrics).unwrap();
-    tcp.set_read_timeout(Some(LONG)).unwrap();
-    write!(
-        tcp,
-        "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
-    )
-    .unwrap();
-    let mut answer = String::new();
-    tcp.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    (head.lines().next().unwrap().to_owned(), body.to_owned())
 }
 
 #[test]
 fn probes_and_metrics_tell_how_the_server_is() {
     let site = Site::started();
     for path in ["/livez", "/readyz"] {
-        assert!(get(&site, path).0.contains("200"), "{path}");
+        assert!(site.get(path).0.contains("200"), "{path}");
     }
     let _device = super::running_device(&site, "dev-1");
-    let (status, metrics) = get(&site, "/metrics");
+    let (status, metrics) = site.get("/metrics");
     assert!(status.contains("200"), "{status}");
     let sample = |name: &str| {
         let lines = metrics.lines().filter(|line| line.starts_with(name));

@@ -429,6 +429,10 @@ async fn a_drain_tells_every_device_and_lets_a_running_download_finish() {
             (Code::Unavailable, "this node is stopping; connect again")
         );
     }
+    // Alive, and not to be sent to: a download still runs.
+    let status = |path: &str| site.get(path).0;
+    assert!(status("/livez").contains("200"), "{}", status("/livez"));
+    assert!(status("/readyz").contains("503"), "{}", status("/readyz"));
     let mut content = first.content.to_vec();
     while let Some(chunk) = pulled.message().await.unwrap() {
         content.extend_from_slice(&chunk.content);
