@@ -2,7 +2,8 @@
 //!
 //! Everything that decides *whether to believe* something lives here, without a socket, a file or a task: the ids
 //! ([`id`]), verified files ([`outline`]), signed documents ([`dsse`], [`root`], [`release`], [`revocation`]), the rules
-//! by which they are accepted ([`trust`], [`store`], [`clock`]), the certificates ([`pki`]) and the TLS settings ([`tls`]).
+//! by which they are accepted ([`trust`], [`store`], [`clock`]), the one file that carries them where no server is
+//! ([`bundle`]), the certificates ([`pki`]) and the TLS settings ([`tls`]).
 //!
 //! A [`Verified`] document exists only where its signatures reached the threshold: the type has no other constructor.
 
@@ -10,6 +11,7 @@
 #![deny(missing_docs)]
 
 pub mod admit;
+pub mod bundle;
 pub mod clock;
 pub mod document;
 pub mod dsse;
@@ -30,6 +32,7 @@ pub mod tls;
 pub mod trust;
 
 pub use admit::{AdmitFacts, Refusal, admit};
+pub use bundle::{Bundle, BundleError};
 pub use clock::TrustedClock;
 pub use document::DocumentError;
 pub use dsse::{DsseError, Envelope, PayloadType, Signature};

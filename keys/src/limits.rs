@@ -31,6 +31,10 @@ pub const RELEASE_PAE_BYTES: usize = 4096;
 /// again. 16 envelopes of 64 KiB are 1 MiB.
 pub const ROOTS_PER_UPDATE: usize = 16;
 
+/// Root documents in one bundle: as many hops as a device follows in its life, a weekly rotation for 19 years. They are read
+/// one at a time.
+pub const BUNDLE_ROOTS: usize = 1024;
+
 /// A semantic version in text, such as `1.4.0-rc.2+build.77`.
 pub const VERSION_BYTES: usize = 128;
 
