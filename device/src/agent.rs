@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     attributes::Attributes,
+    bundle::BundleFile,
     channel::Dial,
     health::Health,
     limits,
@@ -35,12 +36,14 @@ use crate::{
 
 mod gate;
 mod inbound;
+mod install;
 mod jobs;
 mod memory;
 mod owner;
 #[cfg(test)]
 mod tests;
 
+pub use install::{Install, InstallError, InstallParts, Installed};
 use jobs::{Fetching, JobEnd};
 use memory::Memory;
 pub use memory::Status;
@@ -192,8 +195,10 @@ impl<S: Slots> fmt::Debug for AgentParts<S> {
 /// One device's agent, from a start of its process to the end.
 pub struct Agent<S: Slots> {
     settings: Arc<AgentSettings>,
-    tls: Arc<rustls::ClientConfig>,
-    dial: Arc<dyn Dial>,
+    /// `None` for an install from a bundle.
+    uplink: Option<Uplink>,
+    /// Where images come from instead.
+    bundle: Option<BundleFile>,
     health: Health,
     consent: Consenter,
     observe: Observer,
@@ -223,6 +228,12 @@ impl<S: Slots> fmt::Debug for Agent<S> {
             .field("client_id", &self.settings.client_id)
             .finish_non_exhaustive()
     }
+}
+
+/// How servers are reached.
+struct Uplink {
+    tls: Arc<rustls::ClientConfig>,
+    dial: Arc<dyn Dial>,
 }
 
 /// What decides when a run with `once` is over.
@@ -265,10 +276,16 @@ impl<S: Slots> Agent<S> {
         let stop_link = stop.child_token();
         // Also when this future is dropped: a simulated power cut leaves no connection behind.
         let _cut = stop_link.clone().drop_guard();
+        let Some(Uplink { tls, dial }) = &self.uplink else {
+            return Err(AgentError::NoServers);
+        };
+        let (tls, dial) = (Arc::clone(tls), Arc::clone(dial));
         if !self.first_attributes(&stop).await {
             return Ok(Exit::Stopped);
         }
-        let (mut wires, link) = self.wire_up();
+        let (mut wires, inputs, outputs) = self.wire_up();
+        let settings = Arc::clone(&self.settings);
+        let link = Link::new(settings, tls, dial, inputs, outputs, self.rng_seed);
         let link = tokio::spawn(link.run(stop_link.clone()));
         let exit = self.serve(&mut wires, &stop).await;
         stop_link.cancel();
@@ -276,6 +293,14 @@ impl<S: Slots> Agent<S> {
         // The link waits for nothing once it is stopped; that it panicked would have been logged.
         drop(wires);
         let _ = link.await;
+        exit
+    }
+
+    /// The same with nobody to talk to.
+    async fn serve_alone(&mut self, stop: &CancellationToken) -> Result<Exit, AgentError> {
+        let (mut wires, _inputs, _outputs) = self.wire_up();
+        let exit = self.serve(&mut wires, stop).await;
+        wires.jobs.shutdown().await;
         exit
     }
 
@@ -289,7 +314,7 @@ impl<S: Slots> Agent<S> {
         self.memory.status(&self.updater, &self.trust)
     }
 
-    fn wire_up(&self) -> (Wires, Link) {
+    fn wire_up(&self) -> (Wires, LinkInputs, LinkOutputs) {
         let (events_tx, events) = mpsc::channel(limits::INBOUND_QUEUE);
         let (messages, messages_rx) = mpsc::channel(limits::OUTBOUND_QUEUE);
         let (facts, facts_rx) = watch::channel(self.facts());
@@ -306,15 +331,6 @@ impl<S: Slots> Agent<S> {
             events: events_tx,
             connection: connection_tx,
         };
-        let (tls, dial) = (Arc::clone(&self.tls), Arc::clone(&self.dial));
-        let link = Link::new(
-            Arc::clone(&self.settings),
-            tls,
-            dial,
-            inputs,
-            outputs,
-            self.rng_seed,
-        );
         let jobs = JoinSet::new();
         let wires = Wires {
             events,
@@ -329,7 +345,7 @@ impl<S: Slots> Agent<S> {
             ending: JoinSet::new(),
             attributes: JoinSet::new(),
         };
-        (wires, link)
+        (wires, inputs, outputs)
     }
 
     async fn serve(
@@ -475,9 +491,12 @@ impl<S: Slots> Agent<S> {
             }
             !same
         });
+        // What a server ordered ends with a report that says what runs: the link need not.
+        let update = self.updater.state().update.as_ref();
+        let ordered = update.is_some_and(|update| update.generation > 0);
         wires.facts.send_if_modified(|facts| {
             let now = self.facts();
-            let same = *facts == now;
+            let same = *facts == now || ordered && facts.attributes == now.attributes;
             *facts = now;
             !same
         });
@@ -490,6 +509,9 @@ impl<S: Slots> Agent<S> {
             // The last reports are given a moment to be committed; they are sent again after the boot in any case.
             let connected = wires.connection.borrow().is_some();
             return (told || !connected || Instant::now() >= by).then_some(Exit::RebootDue);
+        }
+        if self.bundle.is_some() {
+            return (!self.updater.installs() && wires.jobs.is_empty()).then_some(Exit::Idle);
         }
         let waiting = match &self.updater.state().update {
             None => true,

@@ -20,6 +20,7 @@ use crate::{
     health::{Health, HealthCheck},
     limits,
     settings::{AgentSettings, TransferSettings},
+    slots::{Bootloader, FileSlotsSettings, SlotsSettings},
     window::Window,
 };
 
@@ -212,6 +213,17 @@ impl Config {
         }
     }
 
+    /// Whether this is a bench, whose bootloader the agent plays.
+    pub fn is_emulated(&self) -> bool {
+        matches!(
+            self.slots(),
+            SlotsSettings::Files(FileSlotsSettings {
+                bootloader: Bootloader::Emulated,
+                ..
+            })
+        )
+    }
+
     /// How the board is rebooted.
     pub fn reboot(&self) -> RebootSettings {
         self.file.service.reboot()
@@ -256,14 +268,17 @@ impl Config {
             .map_err(|error| value("identity.certificate, identity.key", error_text(&error)))?;
         let node_ca = certificates_from_pem(&text(&section.node_ca)?)
             .map_err(|error| value("identity.node_ca", error_text(&error)))?;
-        let root = self.resolve(&section.root);
-        let first_root =
-            fs::read(&root).map_err(|source| ConfigError::Read { path: root, source })?;
         Ok(IdentityFiles {
             credentials,
             node_ca,
-            first_root,
+            first_root: self.first_root()?,
         })
+    }
+
+    /// Reads the first root.
+    pub fn first_root(&self) -> Result<Vec<u8>, ConfigError> {
+        let root = self.resolve(&self.file.identity.root);
+        fs::read(&root).map_err(|source| ConfigError::Read { path: root, source })
     }
 }
 

@@ -6,6 +6,7 @@
 
 pub mod agent;
 pub mod attributes;
+pub mod bundle;
 pub mod channel;
 pub mod config;
 mod disk;
@@ -26,8 +27,10 @@ mod wire;
 mod words;
 
 pub use agent::{
-    Agent, AgentError, AgentEvent, AgentParts, Consenter, Exit, Observer, Status, always_consent,
+    Agent, AgentError, AgentEvent, AgentParts, Consenter, Exit, Install, InstallError,
+    InstallParts, Installed, Observer, Status, always_consent,
 };
+pub use bundle::BundleFile;
 pub use channel::{Dial, Dialling, Io, TcpDial};
 pub use config::{Config, ConfigError};
 pub use health::{Health, HealthCheck, HealthSubject, Verdict};

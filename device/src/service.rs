@@ -22,11 +22,13 @@ use crate::{
     store::DirStore,
 };
 
+mod install;
 mod log;
 mod notify;
 mod reboot;
 mod status;
 
+pub use install::install;
 use notify::Notifier;
 pub use status::{StatusForm, status};
 
@@ -39,15 +41,19 @@ const EXIT_REBOOT_DUE: u8 = 10;
 
 /// Runs the agent until it is stopped by SIGTERM or SIGINT or, with `once`, until nothing is left to do.
 pub fn run(config: &Path, once: bool) -> ExitCode {
-    work(config, async |config, stop| lives(config, once, stop).await)
+    work(config, "info", async |config, stop| {
+        lives(config, once, stop).await
+    })
 }
 
-/// Loads the configuration, and does something with it until it ends or a signal stops it.
+/// Loads the configuration, and does something with it until it ends or a signal stops it. `log` is what is logged unless
+/// `FWPUSH_LOG` says otherwise.
 fn work(
     config: &Path,
+    log: &str,
     work: impl AsyncFnOnce(&Config, &CancellationToken) -> Result<u8, ServiceError>,
 ) -> ExitCode {
-    start_log();
+    start_log(log);
     let config = match Config::load(config) {
         Ok(config) => config,
         Err(error) => return failed(&error, EXIT_CONFIGURATION),
@@ -82,8 +88,8 @@ fn work(
     code
 }
 
-fn start_log() {
-    let filter = EnvFilter::try_from_env("FWPUSH_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+fn start_log(default: &str) {
+    let filter = EnvFilter::try_from_env("FWPUSH_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -125,17 +131,10 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
         if code.is_some() {
             notifier.stopping();
         }
-        // A command of the slots that is under way has been told to end; nothing of it must outlive the agent. Storage that
-        // hangs is not waited for.
-        let back = tokio::task::spawn_blocking(move || agent.into_slots());
-        let back = tokio::time::timeout(limits::SLOTS_END, back).await;
+        let mut back = slots_back(move || agent.into_slots()).await;
         if let Some(code) = code {
             return Ok(code);
         }
-        let mut back = match back {
-            Ok(Ok(back)) => back,
-            _ => None,
-        };
         // The bootloader of a bench. The next run is then the next boot.
         let emulated = match &mut back {
             Some(slots) => slots.emulate_boot().map_err(AgentError::from)?,
@@ -153,6 +152,16 @@ async fn lives(config: &Config, once: bool, stop: &CancellationToken) -> Result<
                 return Ok(0);
             }
         }
+    }
+}
+
+/// Takes the slots back. A command of theirs that is under way has been told to end; nothing of it must outlive the process.
+/// Storage that hangs is not waited for.
+async fn slots_back<S: Slots>(take: impl FnOnce() -> Option<S> + Send + 'static) -> Option<S> {
+    let back = tokio::task::spawn_blocking(take);
+    match tokio::time::timeout(limits::SLOTS_END, back).await {
+        Ok(Ok(back)) => back,
+        _ => None,
     }
 }
 

@@ -71,6 +71,6 @@ pub enum StoreError {
     Encode(#[source] serde_json::Error),
     #[error("the state directory {} {place}: choose another state_dir, on storage of its own", path.display())]
     Place { path: PathBuf, place: BadPlace },
-    #[error("the state directory {} is in use by another agent", path.display())]
+    #[error("the state directory {} is in use by another fwpush-device, the agent or an install: stop it, or wait for its end", path.display())]
     InUse { path: PathBuf },
 }

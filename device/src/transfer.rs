@@ -25,6 +25,7 @@ use crate::{
     update::{Admitted, Trouble, resume::Missing},
 };
 
+mod copy;
 mod pull;
 mod sink;
 
@@ -51,15 +52,7 @@ impl<S: Slots> Transfer<S> {
     pub(crate) async fn run(mut self, release: Admitted) -> Result<(), Trouble> {
         let mut tries = Tries::new(&self.settings);
         let outline = self.fetch_outline(&release, &mut tries).await?;
-        let missing = Missing::all(outline);
-        let sink = Sink::new(
-            self.slots.clone(),
-            Arc::clone(&self.store),
-            Arc::clone(&self.observe),
-            self.progress.clone(),
-            missing,
-            self.stop.clone(),
-        );
+        let sink = self.sink(Missing::all(outline));
         let mut sink = self.reuse(sink).await?;
         tries.progress();
         while let Some(run) = sink.missing().first_run() {
@@ -79,6 +72,17 @@ impl<S: Slots> Transfer<S> {
         }
         let (_, synced) = sink.run(Sink::sync).await?;
         synced.map_err(trouble_of)
+    }
+
+    fn sink(&self, missing: Missing) -> Sink<S> {
+        Sink::new(
+            self.slots.clone(),
+            Arc::clone(&self.store),
+            Arc::clone(&self.observe),
+            self.progress.clone(),
+            missing,
+            self.stop.clone(),
+        )
     }
 
     async fn fetch_outline(

@@ -11,12 +11,15 @@
 //!                   -> rejected, reboot -> ROLLED_BACK
 //! ```
 //!
+//! An install that somebody at the device asks for takes the same way, from its consent on, without the two acknowledgements.
+//!
 //! The caller keeps one rule: when [`Updater::take_dirty`] says so, the state is made durable *before* the outputs that
 //! follow are acted on.
 
 pub mod facts;
 mod journal;
 mod judge;
+mod local;
 mod messages;
 mod notice;
 mod outbox;

@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Upper-case words in quotes that are no error codes: variables, phases, TLS alerts and the like.
-const NO_CODES: [&str; 28] = [
+const NO_CODES: [&str; 29] = [
     "CARGO_PKG_VERSION_MAJOR",
     "CARGO_PKG_VERSION_MINOR",
     "CARGO_PKG_VERSION_PATCH",
@@ -19,6 +19,7 @@ const NO_CODES: [&str; 28] = [
     "DEFERRED",
     "DOWNLOADING",
     "FAILED",
+    "FALLING_BACK",
     "FWPUSH_DEVICE_CONFIG",
     "FWPUSH_LOG",
     "INSTALLING",

@@ -105,12 +105,33 @@ impl<S: Slots> Agent<S> {
 
     /// Takes what verifies, keeps it, and answers with what is held now.
     pub(super) fn on_trust_update(&mut self, update: &v1::TrustUpdate, wires: &Wires) {
+        let roots = update.roots.len().min(limits::ROOTS_PER_UPDATE);
+        let (changed, refused) = self.take_trust(&update.roots[..roots], &update.revocation);
+        if changed {
+            self.feed(Input::TrustChanged);
+        }
+        let state = wire::trust_state(&self.settings, &self.trust, refused.as_ref());
+        if let Some(failure) = refused {
+            self.tell(AgentEvent::TrustRefused(failure));
+        }
+        let kind = Some(v1::client_message::Kind::TrustState(state));
+        // Lost with the session if the queue is full; the server learns it at the next registration.
+        let _ = wires.messages.try_send(v1::ClientMessage { kind });
+    }
+
+    /// Takes what verifies of some roots, oldest first, and of a list, empty for none; and keeps it. Returns whether what is
+    /// held has changed, and why something was refused.
+    pub(super) fn take_trust<E: AsRef<[u8]>>(
+        &mut self,
+        roots: &[E],
+        revocation: &[u8],
+    ) -> (bool, Option<Failure>) {
         let held = (
             self.trust.root().version,
             self.trust.revocation_version(&self.settings.product),
         );
         let mut refused = None;
-        for root in update.roots.iter().take(limits::ROOTS_PER_UPDATE) {
+        for root in roots {
             // One by one: those before a refused one stay accepted.
             if let Err(error) = self.trust.apply_roots(&[root]) {
                 refused = Some(Failure::new(
@@ -124,9 +145,9 @@ impl<S: Slots> Agent<S> {
             self.memory
                 .keep(Document::Root(root.version), root.envelope_arc());
         }
-        if !update.revocation.is_empty() {
+        if !revocation.is_empty() {
             let product = self.settings.product.clone();
-            match self.trust.apply_revocation(&product, &update.revocation) {
+            match self.trust.apply_revocation(&product, revocation) {
                 Ok(true) => {
                     if let Some(list) = self.trust.revocation(&product) {
                         self.memory.keep(Document::Revocation, list.envelope_arc());
@@ -150,14 +171,7 @@ impl<S: Slots> Agent<S> {
                 root_version: now.0,
                 revocation,
             });
-            self.feed(Input::TrustChanged);
         }
-        let state = wire::trust_state(&self.settings, &self.trust, refused.as_ref());
-        if let Some(failure) = refused {
-            self.tell(AgentEvent::TrustRefused(failure));
-        }
-        let kind = Some(v1::client_message::Kind::TrustState(state));
-        // Lost with the session if the queue is full; the server learns it at the next registration.
-        let _ = wires.messages.try_send(v1::ClientMessage { kind });
+        (now != held, refused)
     }
 }

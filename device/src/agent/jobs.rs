@@ -85,7 +85,10 @@ impl<S: Slots> Agent<S> {
                     random: SmallRng::seed_from_u64(self.rng_seed ^ job.0),
                     stop,
                 };
-                spawn(wires, job, slots, transfer.run(release));
+                match self.bundle.clone() {
+                    None => spawn(wires, job, slots, transfer.run(release)),
+                    Some(bundle) => spawn(wires, job, slots, transfer.copy(bundle, release)),
+                }
             }
             Command::ReadBack { job, image } => {
                 spawn(wires, job, slots.clone(), read_back(slots, image))

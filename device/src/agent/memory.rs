@@ -7,6 +7,7 @@ use std::{
 
 use fwpush_keys::{
     TrustStore, TrustedClock, error_text,
+    id::ReleaseId,
     time::Timestamp,
     tls::{ClockFn, client_config},
     trust::{TrustError, Verified},
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::{
-    Agent, AgentError, AgentParts, Once,
+    Agent, AgentError, AgentParts, InstallParts, Once, Uplink,
     gate::{Bucket, Latest},
 };
 use crate::{
@@ -57,17 +58,21 @@ pub(super) struct Memory {
 }
 
 /// Reads everything and makes the agent.
-pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, AgentError> {
-    let settings = parts.settings;
-    let store = parts.store;
-    let first = Verified::bootstrap(&parts.first_root).map_err(AgentError::FirstRoot)?;
-    let (document, fresh) = read_state(&*store)?;
-    let clock = TrustedClock::new(settings.built_at, document.not_earlier_than);
-    let mut trust = read_trust(&*store, &settings, first, clock)?;
-    let clock = Arc::new(Mutex::new(*trust.clock()));
-    let tls_clock = Arc::clone(&clock);
+pub(super) fn open<S: Slots>(parts: AgentParts<S>) -> Result<Agent<S>, AgentError> {
+    let local = InstallParts {
+        settings: parts.settings,
+        first_root: parts.first_root,
+        slots: parts.slots,
+        store: parts.store,
+        health: parts.health,
+        consent: parts.consent,
+        rng_seed: parts.rng_seed,
+        observer: parts.observer,
+    };
+    let (mut agent, _) = open_with(local, false)?;
+    let clock = Arc::clone(&agent.memory.clock);
     let time = Arc::new(ClockFn(move || {
-        tls_clock
+        clock
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .judge(Timestamp::now())
@@ -75,9 +80,40 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
     let tls = client_config(
         parts.credentials,
         parts.node_ca,
-        &settings.trust_domain,
+        &agent.settings.trust_domain,
         time,
     )?;
+    agent.uplink = Some(Uplink {
+        tls: Arc::new(tls),
+        dial: parts.dial,
+    });
+    Ok(agent)
+}
+
+/// The same without what reaches a server, for an install; and how an update ended that was under way when the last process
+/// did, if it has.
+pub(super) fn open_local<S: Slots>(
+    parts: InstallParts<S>,
+) -> Result<(Agent<S>, Option<Outcome>), AgentError> {
+    open_with(parts, true)
+}
+
+fn open_with<S: Slots>(
+    mut parts: InstallParts<S>,
+    local: bool,
+) -> Result<(Agent<S>, Option<Outcome>), AgentError> {
+    let settings = parts.settings;
+    let store = parts.store;
+    let first = Verified::bootstrap(&parts.first_root).map_err(AgentError::FirstRoot)?;
+    let (document, fresh) = read_state(&*store)?;
+    let clock = TrustedClock::new(settings.built_at, document.not_earlier_than);
+    let mut trust = read_trust(&*store, &settings, first, clock)?;
+    let clock = Arc::new(Mutex::new(*trust.clock()));
+    let under_way = document
+        .state
+        .update
+        .as_ref()
+        .map(|update| (update.generation, update.image.release_id));
     let manifest = match document.state.update {
         Some(_) => store.load(Document::Manifest)?,
         None => None,
@@ -113,6 +149,7 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         state: document.state,
         manifest,
         seed: parts.rng_seed,
+        local,
     };
     let now = Now {
         mono: std::time::Duration::ZERO,
@@ -125,11 +162,12 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
             trust: &mut trust,
         },
     );
+    let found = under_way.and_then(|under_way| ended(updater.state(), under_way));
     let attributes = settings.attributes.clone();
-    Ok(Agent {
+    let agent = Agent {
         settings: Arc::new(settings),
-        tls: Arc::new(tls),
-        dial: parts.dial,
+        uplink: None,
+        bundle: None,
         health: parts.health,
         consent: parts.consent,
         observe: parts.observer,
@@ -146,7 +184,18 @@ pub(super) fn open<S: Slots>(mut parts: AgentParts<S>) -> Result<Agent<S>, Agent
         reboot_by: None,
         attributes,
         attributes_due: Instant::now(),
-    })
+    };
+    Ok((agent, found))
+}
+
+/// How an update ended of which generation and release are known.
+fn ended(state: &State, (generation, release): (u64, Option<ReleaseId>)) -> Option<Outcome> {
+    let outcomes = [&state.local, &state.outcome].into_iter().flatten();
+    let mut ours = outcomes.filter(|outcome| {
+        let image = outcome.image.as_ref();
+        outcome.generation == generation && image.is_some_and(|image| image.release_id == release)
+    });
+    ours.next().filter(|_| state.update.is_none()).cloned()
 }
 
 /// The state document, and whether it is a new one. A document that cannot be read is replaced: what matters is in the
@@ -184,12 +233,18 @@ fn read_state(store: &dyn Store) -> Result<(StateDocument, bool), StoreError> {
 fn salvage(bytes: &[u8]) -> Option<StateDocument> {
     let mut fields: serde_json::Map<_, _> = serde_json::from_slice(bytes).ok()?;
     let fresh = serde_json::to_value(State::new(new_state_id())).ok()?;
-    for part in ["failed", "installs", "outcome", "update", "outbox"] {
+    for part in ["failed", "installs", "local", "outcome", "update", "outbox"] {
         let given_up = fields.insert(part.to_owned(), fresh.get(part)?.clone());
         if part == "update"
             && let Some(outcome) = given_up.and_then(unreadable_update)
         {
-            fields.insert("outcome".to_owned(), serde_json::to_value(outcome).ok()?);
+            // Of one that no server ordered none must hear.
+            let place = if outcome.generation > 0 {
+                "outcome"
+            } else {
+                "local"
+            };
+            fields.insert(place.to_owned(), serde_json::to_value(outcome).ok()?);
         }
         if part == "outbox" {
             // The numbers of reports begin anew, which needs another name.
@@ -386,7 +441,7 @@ pub struct Status {
 impl Status {
     fn of(state: &State, boot: &crate::slots::BootView, groups_written: u64) -> Self {
         let image = boot.running_slot().image.as_ref();
-        let outcome = state.outcome.as_ref();
+        let outcome = state.local.as_ref().or(state.outcome.as_ref());
         let update = state.update.as_ref();
         let phase = update.map(|update| update.stage.phase());
         let deferred = update.and_then(|update| match &update.stage {

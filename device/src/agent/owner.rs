@@ -20,7 +20,7 @@ use crate::{
 impl<S: Slots> Agent<S> {
     /// Asks all who have a say; at once where nothing needs to be run.
     pub(super) fn ask_owner(&mut self, job: JobId, offer: Offer, wires: &mut Wires) {
-        if !asks_programs(&self.settings, offer.step) {
+        if !asks_programs(&self.settings, &offer) {
             let consent = decide_at_once(&self.settings, &self.consent, &offer, self.now().wall);
             return self.feed(Input::Consent { job, consent });
         }
@@ -31,7 +31,7 @@ impl<S: Slots> Agent<S> {
                 Consent::Go => {}
                 other => return other,
             }
-            if offer.step == Step::Download
+            if asks_metered(&settings, &offer)
                 && let Some(wait) = Metered::deferral(settings.transfer.metered.as_ref()).await
             {
                 let reason = Failure::new("METERED", "the link is metered");
@@ -95,8 +95,13 @@ impl<S: Slots> Agent<S> {
 }
 
 /// Whether a step waits for a program.
-fn asks_programs(settings: &AgentSettings, step: Step) -> bool {
-    settings.hooks.has(step) || step == Step::Download && settings.transfer.metered.is_some()
+fn asks_programs(settings: &AgentSettings, offer: &Offer) -> bool {
+    settings.hooks.has(offer.step) || asks_metered(settings, offer)
+}
+
+/// Whether it matters what the link costs: a bundle comes over none.
+fn asks_metered(settings: &AgentSettings, offer: &Offer) -> bool {
+    offer.step == Step::Download && settings.transfer.metered.is_some() && !offer.is_local()
 }
 
 /// What needs no program: the function that the agent was given, and the hour.
@@ -109,10 +114,12 @@ fn decide_at_once(
     if offer.step == Step::Download {
         return consent(offer);
     }
-    let wait = settings
+    // Whoever installs from a bundle has chosen the hour.
+    let window = settings
         .install_window
         .as_ref()
-        .map(|window| window.wait(now));
+        .filter(|_| !offer.is_local());
+    let wait = window.map(|window| window.wait(now));
     match wait {
         Some(wait) if !wait.is_zero() => {
             let reason = Failure::new("INSTALL_WINDOW", "it is not the hour for installs");

@@ -96,6 +96,8 @@ pub(super) struct Session<'a> {
     doubted_at: Option<Instant>,
     /// What the server was told at registration.
     attributes: HashMap<String, String>,
+    /// What the server was told last of the running image.
+    current: Option<v1::RunningImage>,
 }
 
 impl<'a> Session<'a> {
@@ -119,6 +121,7 @@ impl<'a> Session<'a> {
             drain_at: None,
             doubted_at: None,
             attributes: HashMap::new(),
+            current: None,
         }
     }
 
@@ -169,6 +172,7 @@ impl<'a> Session<'a> {
         let client_id = self.link.settings.client_id.to_string();
         let facts = self.link.inputs.facts.borrow_and_update().clone();
         self.attributes.clone_from(&facts.attributes);
+        self.current.clone_from(&facts.current);
         let facts = Some(facts);
         let kind = match &self.link.last_session_id {
             None => ToServer::Register(v1::RegisterRequest { client_id, facts }),
@@ -279,6 +283,9 @@ impl<'a> Session<'a> {
             permit = outbound.reserve(), if waits => {
                 let permit = permit.map_err(|_| Ended::new("the stream does not take messages any more"))?;
                 if let Some((seq, message)) = next_report {
+                    if let Some(current) = tells(&message) {
+                        self.current = Some(current.clone());
+                    }
                     permit.send(message);
                     self.sent_seq = seq;
                 }
@@ -310,15 +317,28 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Attributes are told at registration only: new ones need a new stream. All else that changes is told by reports.
+    /// Attributes are told at registration only: new ones need a new stream. What runs is told by the report that ends an
+    /// update; a trial that no server ordered ends without one.
     fn look_at_facts(&mut self) -> Result<(), Ended> {
-        if self.link.inputs.facts.borrow_and_update().attributes == self.attributes {
+        let facts = self.link.inputs.facts.borrow_and_update().clone();
+        let what = if facts.attributes != self.attributes {
+            "the device's attributes have changed"
+        } else if facts.current != self.current && !self.will_tell(&facts.current) {
+            "the running image was confirmed"
+        } else {
             return Ok(());
-        }
+        };
         Err(Ended {
             again: true,
-            ..Ended::new("the device's attributes have changed")
+            ..Ended::new(what)
         })
+    }
+
+    /// Whether a report on its way says what runs.
+    fn will_tell(&self, current: &Option<v1::RunningImage>) -> bool {
+        let outbox = self.link.inputs.outbox.borrow();
+        let mut reports = outbox.iter().map(wire::report);
+        current.is_some() && reports.any(|report| tells(&report) == current.as_ref())
     }
 
     /// The oldest report that this session's stream was not given.
@@ -404,5 +424,13 @@ impl<'a> Session<'a> {
             }
             Some(kind) => self.tell(LinkEvent::Message(kind)).await,
         }
+    }
+}
+
+/// What a message says of the running image.
+fn tells(message: &ClientMessage) -> Option<&v1::RunningImage> {
+    match &message.kind {
+        Some(ToServer::Report(report)) => report.current.as_ref(),
+        _ => None,
     }
 }

@@ -2,7 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fwpush_keys::{TrustStore, id::ReleaseId, time::Timestamp};
+use fwpush_keys::{
+    TrustStore,
+    id::{FileId, ReleaseId},
+    time::Timestamp,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -93,6 +97,13 @@ pub struct Offer {
     pub asked: u32,
 }
 
+impl Offer {
+    /// Whether somebody at the device asked for it, and no server.
+    pub fn is_local(&self) -> bool {
+        self.generation == 0
+    }
+}
+
 /// The owner's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Consent {
@@ -153,6 +164,12 @@ pub enum Input {
     /// The time that [`super::Updater::poll_timeout`] named has come.
     Timer,
     Notice(Notice),
+    /// Somebody at the device installs a release: its envelope, unverified, and the image at hand, which must be one that it
+    /// names. With [`super::Start::local`] only, and not while a trial is marked.
+    Install {
+        manifest: Arc<[u8]>,
+        file_id: FileId,
+    },
     /// The server answered a registration.
     Registered {
         report_interval: Duration,

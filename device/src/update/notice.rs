@@ -37,6 +37,7 @@ impl Updater {
         self.discard();
         self.state.observed_generation = notice.generation;
         self.state.outcome = None;
+        self.state.local = None;
         self.set_dirty();
         match notice.action {
             Action::Hold | Action::Abort => {
@@ -200,9 +201,11 @@ impl Updater {
         Some(release)
     }
 
-    /// Drops an update whose manifest is lost, so that the server sends its notice again.
+    /// Drops an update whose manifest is lost, or whose place an install takes, so that the server sends its notice again.
     pub(super) fn forget(&mut self) {
-        if let Some(update) = &self.state.update {
+        if let Some(update) = &self.state.update
+            && update.generation > 0
+        {
             self.state.observed_generation = update.generation.saturating_sub(1);
         }
         self.discard();
@@ -343,6 +346,11 @@ impl Updater {
         if let Some(release_id) = release_id
             && !self.continues_install(release_id)
         {
+            // Never full for a server: see `decide`.
+            let full = self.state.installs.len() >= self.policy.installs_per_window;
+            if full && !self.state.installs.is_empty() {
+                self.state.installs.remove(0);
+            }
             self.state.installs.push(Install {
                 release_id,
                 at: context.now.wall,
@@ -400,7 +408,7 @@ impl Updater {
         self.wake = Some(context.now.mono + wait);
     }
 
-    fn runs_already(&self, image: &ImageFacts) -> bool {
+    pub(super) fn runs_already(&self, image: &ImageFacts) -> bool {
         self.boot.confirmed()
             && self
                 .boot
@@ -410,7 +418,7 @@ impl Updater {
                 .is_some_and(|running| running.release_id == image.release_id)
     }
 
-    fn failed_too_often(&self, image: &ImageFacts) -> Option<Failure> {
+    pub(super) fn failed_too_often(&self, image: &ImageFacts) -> Option<Failure> {
         let failed = self
             .state
             .failed
@@ -425,7 +433,11 @@ impl Updater {
     }
 
     /// When the next install may begin, if not now.
-    fn install_limit(&mut self, image: &ImageFacts, now: Timestamp) -> Option<Timestamp> {
+    pub(super) fn install_limit(
+        &mut self,
+        image: &ImageFacts,
+        now: Timestamp,
+    ) -> Option<Timestamp> {
         for install in &mut self.state.installs {
             // The clock was set back: the entry counts from now, so that it ends.
             install.at = install.at.min(now);

@@ -29,6 +29,9 @@ pub struct State {
     pub update: Option<Update>,
     /// How the last one ended: answers repeats of its notice.
     pub outcome: Option<Outcome>,
+    /// How the last one ended that no server ordered, if it ended after that: nothing is answered with it.
+    #[serde(default)]
+    pub local: Option<Outcome>,
     /// Installs begun within the last [`crate::limits::INSTALL_WINDOW`], oldest first.
     pub installs: Vec<Install>,
     /// Releases that were rolled back here, oldest first.
@@ -50,6 +53,7 @@ impl State {
             outbox: Outbox::default(),
             update: None,
             outcome: None,
+            local: None,
             installs: Vec::new(),
             failed: Vec::new(),
             journal: Journal::default(),
@@ -87,7 +91,8 @@ pub struct Outcome {
 /// An update on its way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
-    /// 0 for a trial that was found running without any record of how it came about: it is finished, not reported.
+    /// 0 for one that no server ordered: an install from a bundle, or a trial that was found running without any record of how
+    /// it came about. It is not reported.
     pub generation: u64,
     pub attempt: u32,
     /// Of the newest notice of this generation.

@@ -73,7 +73,7 @@ impl Updater {
         self.show(Phase::Verified, None);
     }
 
-    /// Gives out the FileAck; the trial waits for its ReportAck.
+    /// Gives out the FileAck; the trial waits for its ReportAck. Where no server ordered the update, it waits for nobody.
     pub(super) fn acknowledge(&mut self) {
         let Some(update) = &self.state.update else {
             return;
@@ -82,6 +82,10 @@ impl Updater {
             return;
         };
         let (generation, bytes) = (update.generation, update.image.size);
+        if generation == 0 {
+            self.enter(Stage::Acknowledging { seq: 0 });
+            return self.ask(Step::Install);
+        }
         let seq = self.keep(generation, ReportKind::FileAck { file_id, bytes });
         self.enter(Stage::Acknowledging { seq });
     }

@@ -1,6 +1,7 @@
 //! The updater on a simulated device: told as stories, then driven at random.
 
 mod clocks;
+mod local;
 mod notices;
 mod owner;
 mod random;

@@ -78,6 +78,14 @@ impl Updater {
     }
 
     fn take_up_unmarked(&mut self, stage: Stage, context: &mut Context<'_>) {
+        if self.is_local() {
+            // Its bundle is not at hand, or comes again with the command: what the slot holds is found then.
+            self.discard();
+            return self.take_up_without_update(context);
+        }
+        if self.local {
+            return self.enter(stage);
+        }
         match (stage, self.verify_manifest(context)) {
             (_, None) => self.forget(),
             (_, Some(Err(failure))) => self.finish(Phase::Failed, Some(failure), context),

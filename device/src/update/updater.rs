@@ -41,6 +41,8 @@ pub struct Start {
     /// The envelope saved with the state, if any.
     pub manifest: Option<Vec<u8>>,
     pub seed: u64,
+    /// For an install from a bundle: what a server ordered and is not marked yet rests until the agent runs again.
+    pub local: bool,
 }
 
 /// Decides what the device does next. See the [module](super) for how it is driven.
@@ -56,6 +58,8 @@ pub struct Updater {
     /// Set from the owner's consent on, so that nothing is fetched without it.
     pub(super) admitted: Option<Admitted>,
     pub(super) random: Random,
+    /// See [`Start::local`].
+    pub(super) local: bool,
     /// The job under way.
     pub(super) job: Option<(JobId, JobKind)>,
     /// When the present stage wants to be woken, on the monotonic clock.
@@ -99,6 +103,7 @@ impl Updater {
             manifest: start.manifest.map(Into::into),
             admitted: None,
             random: Random::new(start.seed),
+            local: start.local,
             job: None,
             wake: None,
             pending: None,
@@ -125,6 +130,7 @@ impl Updater {
         match input {
             Input::Timer => self.on_timer(context),
             Input::Notice(notice) => self.on_notice(notice, context),
+            Input::Install { manifest, file_id } => self.on_install(&manifest, file_id, context),
             Input::Registered { report_interval } => self.on_registered(report_interval),
             Input::Acked {
                 upto_seq,
@@ -320,6 +326,15 @@ impl Updater {
         });
     }
 
+    /// Tells observers how an install ended that was never begun.
+    pub(super) fn show_local(&mut self, phase: Phase, failure: Option<Failure>) {
+        self.outputs.push_back(Output::Phase {
+            generation: 0,
+            phase,
+            failure,
+        });
+    }
+
     /// Keeps a report for the present generation until it is acknowledged. An update of generation 0 has nobody to report to.
     pub(super) fn keep(&mut self, generation: u64, kind: ReportKind) -> u64 {
         if generation == 0 {
@@ -371,7 +386,8 @@ impl Updater {
 
     pub(super) fn report_progress(&mut self, now: Now) {
         self.next_progress = now.mono + self.report_interval;
-        if let Some((generation, kind)) = self.phase_report(Phase::Downloading) {
+        let report = self.phase_report(Phase::Downloading);
+        if let Some((generation, kind)) = report.filter(|(generation, _)| *generation > 0) {
             self.dirty |= self
                 .state
                 .outbox
@@ -392,15 +408,18 @@ impl Updater {
         };
         self.cancel_job();
         self.clear();
+        let outcome = Some(Outcome {
+            generation: update.generation,
+            attempt: update.attempt,
+            phase,
+            failure,
+            image: Some(update.image),
+        });
         if update.generation > 0 {
-            self.state.outcome = Some(Outcome {
-                generation: update.generation,
-                attempt: update.attempt,
-                phase,
-                failure,
-                image: Some(update.image),
-            });
+            self.state.outcome = outcome;
             self.report_outcome(&update.nonce);
+        } else {
+            self.state.local = outcome;
         }
         if let Some(notice) = self.pending.take() {
             self.on_notice(notice, context);

@@ -34,6 +34,11 @@ enum Step {
     KillUnsaved,
     PowerCut,
     Revoke(u64),
+    /// The agent is stopped, and a release installed from a bundle.
+    Install {
+        release: u64,
+        wrong: u8,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -51,6 +56,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::KillUnsaved),
         2 => Just(Step::PowerCut),
         1 => (1u64..4).prop_map(Step::Revoke),
+        2 => (1u64..4, 0u8..12).prop_map(|(release, wrong)| Step::Install { release, wrong }),
     ]
 }
 
@@ -121,6 +127,9 @@ impl Play {
     fn step(&mut self, step: &Step) {
         let world = &mut self.world;
         match step {
+            // No server speaks to such a process.
+            Step::Notice { .. } | Step::Ack { .. } | Step::Register | Step::KillUnsaved
+                if world.installs => {}
             Step::Notice {
                 ahead,
                 release,
@@ -181,6 +190,7 @@ impl Play {
                 self.revoked.push(spec(*release, 9).0.release_id());
                 world.revoke(self.revocations, &self.revoked.clone());
             }
+            Step::Install { release, wrong } => world.install(&spec(*release, *wrong).0),
         }
         self.check();
     }
@@ -233,7 +243,7 @@ impl Play {
             "a release below the floor is tried"
         );
         assert!(
-            self.cleared >= Some(update.generation),
+            update.generation == 0 || self.cleared >= Some(update.generation),
             "the server did not clear it"
         );
         assert_eq!(self.world.spare_holds(), Some(release_id));
@@ -264,6 +274,9 @@ proptest! {
         let world = &mut play.world;
         let last = Spec { counter: 500, version: "9.0.0", ..Spec::good(77) };
         let generation = play.newest + 10;
+        if world.installs {
+            world.restart();
+        }
         for _ in 0..20 {
             world.run();
             if world.reboot_due {

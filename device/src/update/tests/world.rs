@@ -21,7 +21,7 @@ use crate::{
     update::{
         Action, Command, Consent, Context, Decision, Failure, Input, JobId, Notice, Now, Output,
         Phase, Policy, Report, ReportKind, Start, State, Step, Trouble, Updater,
-        facts::{DeviceFacts, ImageFacts, SlotId, SlotState},
+        facts::{BootView, DeviceFacts, ImageFacts, SlotId, SlotState},
     },
 };
 
@@ -57,6 +57,8 @@ pub struct World {
     pub commands: Vec<&'static str>,
     /// Whether the owner takes its time over every step, and not just over the first.
     pub owner_takes_time: bool,
+    /// The process is one for an install from a bundle, and not the agent.
+    pub installs: bool,
 }
 
 impl World {
@@ -84,7 +86,8 @@ impl World {
         };
         let state = State::new("0123".repeat(8));
         let saved = (serde_json::to_string(&state).unwrap(), None);
-        let updater = start(&policy, &record, 1, SlotId::A, &saved, &mut trust, now);
+        let boot = record.view("1".to_owned(), SlotId::A);
+        let updater = start(&policy, boot, &saved, &mut trust, now, false);
         let mut world = Self {
             updater,
             trust,
@@ -103,6 +106,7 @@ impl World {
             policy,
             commands: Vec::new(),
             owner_takes_time: false,
+            installs: false,
         };
         world.settle();
         world
@@ -306,17 +310,21 @@ impl World {
 
     /// The process ends without warning and starts again in the same boot.
     pub fn restart(&mut self) {
+        self.restart_as(false);
+    }
+
+    fn restart_as(&mut self, installs: bool) {
+        self.installs = installs;
         self.job = None;
         self.reboot_due = false;
         self.now.mono = Duration::ZERO;
         self.updater = start(
             &self.policy,
-            &self.record,
-            self.boot_id,
-            self.running,
+            self.record.view(self.boot_id.to_string(), self.running),
             &self.saved,
             &mut self.trust,
             self.now,
+            installs,
         );
         self.settle();
     }
@@ -339,6 +347,35 @@ impl World {
 
     pub fn lose_manifest(&mut self) {
         self.saved.1 = None;
+    }
+
+    /// Somebody stops the agent and installs from a bundle.
+    pub fn install(&mut self, spec: &Spec) {
+        self.restart_as(true);
+        if self
+            .updater
+            .state()
+            .update
+            .as_ref()
+            .is_none_or(|update| !update.stage.is_past_mark())
+        {
+            self.feed(Input::Install {
+                manifest: spec.envelope().into(),
+                file_id: spec.file_id(),
+            });
+        }
+    }
+
+    /// How the last update ended that no server ordered.
+    pub fn ended_locally(&self) -> (Phase, Option<String>) {
+        let outcome = self
+            .updater
+            .state()
+            .local
+            .as_ref()
+            .expect("an install ended");
+        let code = outcome.failure.as_ref().map(|failure| failure.code.clone());
+        (outcome.phase, code)
     }
 
     // ---- the server's side ----
@@ -409,6 +446,7 @@ impl World {
             .trust
             .apply_revocation(&product, &envelope.to_bytes())
             .unwrap_or(false)
+            && !self.installs
         {
             self.feed(Input::TrustChanged);
         }
@@ -511,7 +549,9 @@ impl World {
             self.record
         );
         assert!(
-            self.trials.values().all(|trials| *trials <= 1),
+            self.trials
+                .iter()
+                .all(|(generation, trials)| *generation == 0 || *trials <= 1),
             "a generation was tried twice: {:?}",
             self.trials
         );
@@ -532,12 +572,11 @@ impl World {
 
 fn start(
     policy: &Policy,
-    record: &BootRecord,
-    boot_id: u64,
-    running: SlotId,
+    boot: BootView,
     saved: &(String, Option<Vec<u8>>),
     trust: &mut TrustStore,
     now: Now,
+    local: bool,
 ) -> Updater {
     let device = DeviceFacts {
         product: "gateway".parse().unwrap(),
@@ -551,10 +590,11 @@ fn start(
         device,
         policy: policy.clone(),
         spare_capacity: CAPACITY,
-        boot: record.view(boot_id.to_string(), running),
+        seed: boot.boot_id.parse().unwrap(),
+        boot,
         state: serde_json::from_str(&saved.0).unwrap(),
         manifest: saved.1.clone(),
-        seed: boot_id,
+        local,
     };
     Updater::start(start, &mut Context { now, trust })
 }
