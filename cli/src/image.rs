@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use fwpush_keys::{FileId, OutlineBuilder};
+use fwpush_keys::{FileId, Outline, OutlineBuilder};
 use sha2::{Digest as _, Sha256};
 
 use crate::{
@@ -26,6 +26,7 @@ pub struct Image {
     /// Bytes; at least 1.
     pub size: u64,
     pub blake3: FileId,
+    pub outline: Outline,
     pub sha256: [u8; 32],
 }
 
@@ -84,14 +85,15 @@ impl Image {
             .next("Wait until the build has finished writing it, then repeat the command."));
         }
         let size = outline.size();
-        let blake3 = outline.finish().root();
+        let outline = outline.finish();
         let name = file_name(path);
         Ok(Self {
             file: Arc::new(file),
             path: path.to_owned(),
             name,
             size,
-            blake3,
+            blake3: outline.root(),
+            outline,
             sha256: sha256.finalize().into(),
         })
     }
@@ -105,9 +107,30 @@ impl Image {
         hex::encode(self.sha256)
     }
 
+    /// The bytes from the first on, for one reader after the other.
+    pub fn reader(&self) -> impl std::io::Read + Send + use<> {
+        Reader {
+            image: self.clone(),
+            offset: 0,
+        }
+    }
+
     /// Fills `buffer` with the bytes at `offset`. Fails where the file has become shorter.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
         self.file.read_exact_at(buffer, offset)
+    }
+}
+
+struct Reader {
+    image: Image,
+    offset: u64,
+}
+
+impl std::io::Read for Reader {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.image.file.read_at(buffer, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
     }
 }
 

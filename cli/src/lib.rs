@@ -13,6 +13,7 @@ mod connect;
 pub mod demo;
 pub mod device;
 pub mod disk;
+pub mod download;
 pub mod enroll;
 pub mod failure;
 pub mod image;

@@ -18,6 +18,12 @@ pub const UPLOAD_CHUNK_BYTES: usize = 256 << 10;
 /// Chunks read ahead of the network: 2 MiB keep the link busy while the disk seeks.
 pub const UPLOAD_AHEAD: usize = 8;
 
+/// Pieces of a download, 256 KiB each, that wait for the disk: 2 MiB.
+pub const DOWNLOAD_AHEAD: usize = 8;
+
+/// A signed document: larger than any envelope that the keys accept.
+pub const DOCUMENT_BYTES: u64 = 1 << 20;
+
 /// After its last byte the server hashes an upload and syncs it: 64 GiB at 500 MB/s are 130 s, times 4.
 pub const UPLOAD_END_TIME: Duration = Duration::from_secs(600);
 

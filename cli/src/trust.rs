@@ -9,11 +9,9 @@ use crate::{
     client::Client,
     disk,
     failure::{Doing as _, Failure, NextStep as _, Result},
+    limits::DOCUMENT_BYTES,
     output::Output,
 };
-
-/// Larger than any envelope that the keys accept.
-const DOCUMENT_BYTES: u64 = 1 << 20;
 
 /// Reads a signed document, or one that is still to be signed.
 pub fn read_envelope(path: &Path) -> Result<Envelope> {

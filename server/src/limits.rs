@@ -143,6 +143,9 @@ pub const FILE_BYTES: u64 = 64 << 30;
 /// One upload chunk.
 pub const UPLOAD_CHUNK_BYTES: usize = 1024 * 1024;
 
+/// Downloads by operators at once: bundles are made now and then, and devices come first.
+pub const OPERATOR_DOWNLOADS: usize = 4;
+
 /// Uploads at once; one more waits this long for a place, or for an older upload of the same file to end.
 pub const UPLOADS: usize = 4;
 pub const UPLOAD_WAIT: Duration = Duration::from_secs(5);

@@ -195,6 +195,7 @@ impl Server {
             about: Arc::new(about(&config, addresses)?),
             stop: stop.goaway.clone(),
             uploads: Arc::new(Semaphore::new(limits::UPLOADS)),
+            downloads: Arc::new(Semaphore::new(limits::OPERATOR_DOWNLOADS)),
             backups: Arc::new(Semaphore::new(1)),
         };
         tokio::spawn(forget_old_uploads(store.clone(), engine_stop.clone()));

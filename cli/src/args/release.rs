@@ -44,6 +44,7 @@ pub enum ReleaseStep {
     Build(Box<ReleaseBuild>),
     Sign(ReleaseSign),
     Publish(ReleasePublish),
+    Bundle(ReleaseBundle),
     List(ReleaseList),
     Show(ReleaseShow),
 }
@@ -218,6 +219,49 @@ pub struct ReleasePublish {
     /// Image; not needed when the server has it already
     #[arg(long, value_name = "FILE")]
     pub image: Option<PathBuf>,
+}
+
+/// Write a release, its trust documents and its image into one file, for devices that no server reaches
+///
+/// On the device: `fwpush-device install FILE`. It checks everything that it checks of what a server sends; a bundle is
+/// nothing secret and vouches for nothing by itself.
+#[derive(Args, Clone, Debug)]
+#[command(
+    group = ArgGroup::new("which").required(true),
+    after_help = "\
+Examples:
+  fwpush release bundle 0190d7a2-7e4a-7c52-a05a-1f4f0d7f3b11 --out gw-1.1.0.fwb
+  fwpush release bundle --manifest gw-1.1.0.json --image gw-1.1.0.img --out gw-1.1.0.fwb
+  fwpush release bundle --manifest gw-1.1.0.json --image gw-1.1.0.img \\
+      --root 2.root.json --root 3.root.json --revocation revoked.json --out gw-1.1.0.fwb
+
+A device follows roots one by one: give all since the one that is built into the oldest device.
+With a release ID they come from the server, as do the revocation list and the image."
+)]
+pub struct ReleaseBundle {
+    /// Id of a published release
+    #[arg(value_name = "ID", group = "which")]
+    pub id: Option<ReleaseId>,
+
+    /// Signed manifest file; needs no server
+    #[arg(long, value_name = "FILE", group = "which", requires = "image")]
+    pub manifest: Option<PathBuf>,
+
+    /// Image [default: downloaded from the server]
+    #[arg(long, value_name = "FILE")]
+    pub image: Option<PathBuf>,
+
+    /// Root document after the first one; repeat for each [default: the operator's root.json, if it is not the first]
+    #[arg(long = "root", value_name = "FILE", requires = "manifest")]
+    pub roots: Vec<PathBuf>,
+
+    /// The product's newest revocation list
+    #[arg(long, value_name = "FILE", requires = "manifest")]
+    pub revocation: Option<PathBuf>,
+
+    /// Bundle to write; refused when it exists
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
 }
 
 /// List published releases

@@ -1,6 +1,7 @@
 //! `fwpush release`: all steps at once ([`run`]), or one by one.
 
 pub mod build;
+pub mod bundle;
 pub mod publish;
 pub mod run;
 pub mod sign;
@@ -26,6 +27,7 @@ pub async fn run(context: &Context, args: &ReleaseArgs) -> Result<()> {
         (Some(ReleaseStep::Build(args)), _) => build::run(context, args).await,
         (Some(ReleaseStep::Sign(args)), _) => sign::run(context, args).await,
         (Some(ReleaseStep::Publish(args)), _) => publish::run(context, args).await,
+        (Some(ReleaseStep::Bundle(args)), _) => bundle::run(context, args).await,
         (Some(ReleaseStep::List(args)), _) => list(context, args).await,
         (Some(ReleaseStep::Show(args)), _) => show(context, args).await,
         (None, Some(args)) => run::run(context, args).await,

@@ -1,6 +1,7 @@
 //! `AdminService`: what operators do. Each call is authorised, counted and mapped here; the work is done elsewhere.
 
 mod devices;
+mod downloads;
 mod releases;
 mod rollouts;
 mod uploads;
@@ -39,6 +40,7 @@ pub struct Admin {
     /// Cancelled when the server drains: long answers end.
     pub stop: CancellationToken,
     pub uploads: Arc<Semaphore>,
+    pub downloads: Arc<Semaphore>,
     /// One backup at a time.
     pub backups: Arc<Semaphore>,
 }
@@ -95,6 +97,7 @@ macro_rules! call {
 #[tonic::async_trait]
 impl AdminService for Admin {
     type WatchRolloutStream = BoxStream<'static, Result<v1::Rollout, Status>>;
+    type DownloadFileStream = BoxStream<'static, Result<v1::FileChunk, Status>>;
     type BackupStream = BoxStream<'static, Result<v1::BackupChunk, Status>>;
 
     async fn get_server_info(
@@ -241,6 +244,16 @@ impl AdminService for Admin {
 
     async fn send_text(&self, request: Request<v1::SendTextRequest>) -> Answer<v1::PushResult> {
         call!(self, request, "SendText", devices::send_text)
+    }
+
+    async fn download_file(
+        &self,
+        request: Request<v1::FileRequest>,
+    ) -> Answer<Self::DownloadFileStream> {
+        let (operator, request) = self.enter("DownloadFile", request)?;
+        downloads::send(self, &operator, request)
+            .await
+            .map(Response::new)
     }
 
     async fn backup(&self, request: Request<v1::BackupRequest>) -> Answer<Self::BackupStream> {
