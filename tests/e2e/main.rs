@@ -3,6 +3,7 @@
 mod agent_kills;
 mod bad_image;
 mod board;
+mod bundle;
 mod clocks;
 mod corruption;
 mod demo;

@@ -145,6 +145,23 @@ impl Device {
         command
     }
 
+    /// The command that installs a bundle; the agent must not run.
+    pub fn install_command(&self, bundle: &Path) -> Command {
+        let mut command = self.command();
+        command
+            .arg("install")
+            .arg(bundle)
+            .env("FWPUSH_LOG", "warn,fwpush_device=trace");
+        command
+    }
+
+    /// Runs it to its end, with its verdict as JSON.
+    pub fn install(&self, bundle: &Path) -> Finished {
+        let mut command = self.install_command(bundle);
+        command.arg("--json");
+        run(command)
+    }
+
     /// What `fwpush-device status --json` says.
     pub fn status(&self) -> Value {
         let mut command = self.command();
