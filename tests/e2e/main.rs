@@ -13,6 +13,7 @@ mod hostile_server;
 mod limits;
 mod links;
 mod operator;
+mod server_kills;
 mod storage_faults;
 mod stream;
 mod syscall_kills;

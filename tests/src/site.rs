@@ -125,14 +125,19 @@ impl Site {
 
     /// Starts the server and waits until it accepts connections.
     pub fn start(&mut self) {
+        let server = Process::spawn(self.serve_command());
+        server.line_with("The server accepts connections");
+        self.server = Some(server);
+    }
+
+    /// The command that [`Self::start`] runs, for a test that runs it in its own way.
+    pub fn serve_command(&self) -> Command {
         let mut command = Command::new(bin("fwpush"));
         command
             .args(["serve", "--dir"])
             .arg(self.dir())
             .env("FWPUSH_LOG", "info");
-        let server = Process::spawn(command);
-        server.line_with("The server accepts connections");
-        self.server = Some(server);
+        command
     }
 
     /// The running server.

@@ -9,6 +9,7 @@ use std::{
     process::{Command, ExitStatus},
     sync::mpsc,
     thread,
+    time::Duration,
 };
 
 use nix::{
@@ -79,7 +80,9 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Traced {
     process: Process,
-    seen: mpsc::Receiver<nix::Result<Seen>>,
+    tracer: mpsc::Receiver<nix::Result<Seen>>,
+    /// What the tracer has said.
+    seen: Option<nix::Result<Seen>>,
 }
 
 impl Traced {
@@ -90,7 +93,7 @@ impl Traced {
         let (process, gate) = Process::spawn_held(command);
         let leader = Pid::from_raw(process.pid().as_raw_nonzero().get());
         let (attached_tx, attached) = mpsc::channel();
-        let (seen_tx, seen) = mpsc::channel();
+        let (seen_tx, tracer) = mpsc::channel();
         // All requests must come from the thread that attached.
         thread::spawn(move || {
             let attached = attach(leader);
@@ -101,7 +104,11 @@ impl Traced {
             }
         });
         match attached.recv().expect("the tracer says how it went") {
-            Ok(()) => Some(Self { process, seen }),
+            Ok(()) => Some(Self {
+                process,
+                tracer,
+                seen: None,
+            }),
             Err(error @ (Errno::EPERM | Errno::ENOSYS)) => {
                 println!("SKIPPED: programs cannot be traced here: {error}");
                 None
@@ -116,12 +123,19 @@ impl Traced {
         &self.process
     }
 
+    /// Whether it ends within this time.
+    pub fn ends_within(&mut self, limit: Duration) -> bool {
+        if self.seen.is_none() {
+            self.seen = self.tracer.recv_timeout(limit).ok();
+        }
+        self.seen.is_some()
+    }
+
     /// Waits until it ends; gives how, what it said, and what was seen.
     pub fn wait(mut self) -> (ExitStatus, Vec<String>, Seen) {
-        let seen = match self.seen.recv_timeout(LONG) {
-            Ok(seen) => seen.expect("the process can be traced"),
-            Err(error) => panic!("the process does not end: {error}"),
-        };
+        assert!(self.ends_within(LONG), "the process does not end");
+        let seen = self.seen.take().expect("it has ended");
+        let seen = seen.expect("the process can be traced");
         (self.process.wait(), self.process.all_lines(), seen)
     }
 }
