@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Command or file, Debian package, what it is for.
+# Command or pattern of files, Debian package, what it is for.
 needs=(
   "cc gcc builds SQLite and the TLS library"
   "openssl openssl checks our keys and certificates against another implementation"
@@ -39,11 +39,12 @@ needs=(
   "fw_setenv libubootenv-tool the SWUpdate example"
   "cpio cpio images of the SWUpdate example"
   "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketime.so.1 libfaketime agents whose clock is wrong or steps"
+  "/usr/lib/postgresql/*/bin/initdb postgresql the server's other database"
 )
 missing=()
 for need in "${needs[@]}"; do
   read -r command package reason <<<"$need"
-  if command -v "$command" >/dev/null || [ -f "$command" ]; then continue; fi
+  if command -v "$command" >/dev/null || compgen -G "$command" >/dev/null; then continue; fi
   if [ "$install" = no ]; then
     echo "test.sh: $command is missing ($reason): tests that need it are skipped" >&2
   else

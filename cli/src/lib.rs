@@ -10,6 +10,7 @@ pub mod backup;
 pub mod client;
 pub mod config;
 mod connect;
+pub mod db;
 pub mod demo;
 pub mod device;
 pub mod disk;
@@ -162,6 +163,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Keys(args) => Box::pin(keys::run(&context, args)).await,
         Command::Backup(args) => backup::run(&context, args).await,
         Command::Restore(args) => restore::run(&context, args).await,
+        Command::Db(args) => Box::pin(db::run(&context, args)).await,
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use fwpush_keys::{FileId, Root, Timestamp, Verified};
-use fwpush_server::{Config, StartError, files::FileStore};
+use fwpush_server::{Config, StartError, db::Place, files::FileStore};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -164,12 +164,21 @@ pub async fn restore(config: &Config, archive: &Path, force: bool) -> Result<Res
 }
 
 fn places(config: &Config) -> Result<Places> {
-    let database = config.database.url.strip_prefix("sqlite:").ok_or_else(|| {
-        Failure::new("only an embedded database (sqlite:) is restored here")
-            .next("Use the database's own tools.")
-    })?;
+    let place = config
+        .place()
+        .doing(|| "find the database".to_owned())
+        .map_err(Failure::as_usage)?;
+    let Place::Sqlite(database) = place else {
+        return Err(Failure::usage(format!(
+            "the server's database is {place}: a backup made by `fwpush backup` holds an embedded one"
+        ))
+        .next(
+            "Restore PostgreSQL with pg_restore (docs/operating.md), or restore with `[database] url = \"sqlite:...\"` and \
+             carry it over with `fwpush db migrate`.",
+        ));
+    };
     Ok(Places {
-        database: config.base().join(database),
+        database,
         files: config
             .files_dir()
             .doing(|| "find the image store".to_owned())?,
@@ -384,7 +393,7 @@ mod tests {
     /// A database without content, as a backup has it.
     async fn blank() -> Vec<u8> {
         let dir = tempfile::tempdir().unwrap();
-        let db = fwpush_server::db::Db::open("sqlite:live.db", dir.path())
+        let db = fwpush_server::db::Db::open(&Place::sqlite(dir.path().join("live.db")))
             .await
             .unwrap();
         let copy = dir.path().join("copy.db");

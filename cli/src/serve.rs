@@ -119,6 +119,15 @@ fn explain(error: StartError) -> Failure {
         StartError::Db(DbError::NewerSchema { .. }) => {
             Some("Start the newer version that extended it, or restore a backup made before.")
         }
+        StartError::Db(DbError::Away { .. }) => Some(
+            "See that the database's server runs and can be reached from here; `[database] url` names it.",
+        ),
+        StartError::Db(DbError::Refused { .. } | DbError::Password { .. }) => Some(
+            "Check the user in `[database] url`, its password_file, and what the user may do there.",
+        ),
+        StartError::Db(DbError::Moved { .. } | DbError::Unfit { .. }) => {
+            Some("Change [database] in fwpush.toml accordingly.")
+        }
         StartError::Db(_) => {
             Some("Look at the file that [database] in fwpush.toml names, and at the space left.")
         }

@@ -9,7 +9,10 @@ use std::{
 use fwpush_keys::id::{NodeId, TrustDomain};
 use serde::Deserialize;
 
-use crate::limits;
+use crate::{
+    db::{Options, Place, PlaceError, TlsMode},
+    limits,
+};
 
 /// Why a configuration cannot be used; the message names the file and what to change.
 #[derive(Debug, thiserror::Error)]
@@ -106,20 +109,34 @@ impl Default for Trust {
     }
 }
 
+/// Where the durable state is. The environment decides before the file: [`DATABASE_URL`], [`DATABASE_PASSWORD_FILE`].
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Database {
-    /// `sqlite:<path>`.
+    /// `sqlite:<path>` or `postgres://<user>@<host>:<port>/<database>`, without a password.
     pub url: String,
+    /// A file that holds the password of a PostgreSQL database.
+    pub password_file: Option<PathBuf>,
+    /// Authorities by which a PostgreSQL server is known, beside public ones.
+    pub ca_file: Option<PathBuf>,
+    /// Absent: in full, but for this machine's own server.
+    pub tls: Option<TlsMode>,
 }
 
 impl Default for Database {
     fn default() -> Self {
         Self {
             url: "sqlite:data/fwpush.db".into(),
+            password_file: None,
+            ca_file: None,
+            tls: None,
         }
     }
 }
+
+/// Environment variables that stand above `[database] url` and `password_file`.
+pub const DATABASE_URL: &str = "FWPUSH_DATABASE_URL";
+pub const DATABASE_PASSWORD_FILE: &str = "FWPUSH_DATABASE_PASSWORD_FILE";
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -171,7 +188,7 @@ impl Config {
             path: path.to_owned(),
             source,
         })?;
-        Self::parse(&text, path)
+        Self::parse(&text, path, |name| std::env::var(name).ok())
     }
 
     /// The configuration of a directory made by `fwpush init`: `DIR/server/fwpush.toml`.
@@ -179,12 +196,24 @@ impl Config {
         Self::load(&dir.join("server").join("fwpush.toml"))
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+    /// `env` gives the environment's variables.
+    fn parse(
+        text: &str,
+        path: &Path,
+        env: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
         let mut config: Self = toml::from_str(text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source: Box::new(source),
         })?;
         config.path = path.to_owned();
+        let env = |name| env(name).filter(|value| !value.is_empty());
+        if let Some(url) = env(DATABASE_URL) {
+            config.database.url = url;
+        }
+        if let Some(file) = env(DATABASE_PASSWORD_FILE) {
+            config.database.password_file = Some(file.into());
+        }
         let base = path.parent().unwrap_or(Path::new("")).to_owned();
         let pki = &mut config.pki;
         for relative in [
@@ -231,10 +260,7 @@ impl Config {
             3_600,
         )?;
         self.files_dir()?;
-        if !self.database.url.starts_with("sqlite:") {
-            let problem = "must begin with `sqlite:` followed by a path".to_owned();
-            return Err(self.problem("database.url", problem));
-        }
+        self.place()?;
         if self
             .listen
             .advertise
@@ -254,6 +280,39 @@ impl Config {
                 "files.url",
                 "must begin with `file:` followed by a directory".to_owned(),
             )),
+        }
+    }
+
+    /// Where the database is.
+    pub fn place(&self) -> Result<Place, ConfigError> {
+        let Database {
+            url,
+            password_file,
+            ca_file,
+            tls,
+        } = &self.database;
+        let options = Options {
+            password_file: password_file.clone(),
+            ca_file: ca_file.clone(),
+            tls: *tls,
+        };
+        let wrong = |PlaceError { key, problem }| {
+            let key = match key {
+                "password_file" => "database.password_file",
+                "ca_file" => "database.ca_file",
+                "tls" => "database.tls",
+                _ => "database.url",
+            };
+            self.problem(key, problem)
+        };
+        Place::parse(url, &options, self.base()).map_err(wrong)
+    }
+
+    /// Directory of what belongs to this node and no other: the lock, and room for work.
+    pub fn data_dir(&self) -> PathBuf {
+        match self.place() {
+            Ok(Place::Sqlite(path)) => path.parent().unwrap_or(self.base()).to_owned(),
+            _ => self.base().join("data"),
         }
     }
 
@@ -278,7 +337,7 @@ mod tests {
     const LEAST: &str = "trust_domain = \"example\"\nnode_id = \"n1\"\n[listen]\ndevices = \"127.0.0.1:0\"\noperators = \"127.0.0.1:0\"\n";
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
-        Config::parse(text, Path::new("/etc/fwpush/fwpush.toml"))
+        Config::parse(text, Path::new("/etc/fwpush/fwpush.toml"), |_| None)
     }
 
     #[test]
@@ -304,5 +363,42 @@ mod tests {
             "a typing error is not ignored"
         );
         assert!(parse(&format!("{LEAST}[files]\nurl = \"ftp://x\"\n")).is_err());
+    }
+    #[test]
+    fn the_environment_decides_where_the_database_is() {
+        let env = |name: &str| match name {
+            DATABASE_URL => Some("postgres://fw@db.example/fw".to_owned()),
+            DATABASE_PASSWORD_FILE => Some("/run/secrets/db".to_owned()),
+            _ => None,
+        };
+        let text = format!("{LEAST}[database]\nurl = \"sqlite:a.db\"\n");
+        let config = Config::parse(&text, Path::new("/etc/fwpush/fwpush.toml"), env).unwrap();
+        let place = config.place().unwrap().to_string();
+        assert_eq!(place, "postgres://fw@db.example:5432/fw");
+        assert_eq!(config.data_dir(), Path::new("/etc/fwpush/data"));
+        let empty = Config::parse(&text, Path::new("/f.toml"), |_| Some(String::new())).unwrap();
+        assert_eq!(empty.place().unwrap(), Place::sqlite("/a.db"));
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_database_is_named_without_its_password() {
+        let refused = |lines: &str| {
+            parse(&format!("{LEAST}[database]\n{lines}\n"))
+                .unwrap_err()
+                .to_string()
+        };
+        let words = refused("url = \"postgres://fw:s3cret@db/fw\"");
+        assert!(
+            words.contains("`database.url`") && words.contains("password_file"),
+            "{words}"
+        );
+        assert!(!words.contains("s3cret"), "{words}");
+        let words = refused("ca_file = \"ca.crt\"");
+        assert!(
+            words.contains("`database.ca_file` goes with a `postgres:` url only"),
+            "{words}"
+        );
+        let words = refused("url = \"postgres://fw@db/fw\"\ntls = \"prefer\"");
+        assert!(words.contains("verify-full"), "{words}");
     }
 }

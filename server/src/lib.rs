@@ -28,4 +28,4 @@ pub mod trust;
 mod wire;
 
 pub use config::{Config, ConfigError};
-pub use server::{Addresses, Running, Server, StartError, lock};
+pub use server::{Addresses, Running, Server, StartError, lock, lock_dir};

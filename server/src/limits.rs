@@ -210,6 +210,39 @@ pub const DB_CACHE_KIB: u32 = 16 * 1024;
 /// The write-ahead log is cut back to this after a checkpoint: a few of the largest commits.
 pub const DB_WAL_BYTES: u64 = 64 << 20;
 
+/// The oldest PostgreSQL that is worked with, as its `server_version_num`: the oldest that still gets fixes.
+pub const PG_VERSION: i64 = 130_000;
+
+/// Connections of one node that read from PostgreSQL, beside the one that writes. Its default of 100 connections bears ten nodes and
+/// leaves ten for people and their tools.
+pub const PG_READERS: u32 = 8;
+
+/// A statement of PostgreSQL is ended by its server after this: the largest commit takes a tenth of a second, a listing less.
+pub const PG_STATEMENT: Duration = Duration::from_secs(20);
+
+/// Wait for the writers before: a thousand of them in a row, or one that is cut off after [`PG_IDLE`].
+pub const PG_LOCK: Duration = Duration::from_secs(15);
+
+/// A writer that stops in the middle of its transaction holds all others up; between two statements it needs a millisecond.
+pub const PG_IDLE: Duration = Duration::from_secs(5);
+
+/// A server that does not answer at all is given up after this: longer than it may itself take for a statement.
+pub const PG_ANSWER: Duration = Duration::from_secs(25);
+
+/// A transaction that is dropped is rolled back within this, or its connection is closed; so are all at a stop.
+pub const PG_ROLLBACK: Duration = Duration::from_secs(5);
+
+/// A node whose machine or network is gone is found by the server after three of these, and its transaction undone.
+pub const PG_KEEPALIVE: Duration = Duration::from_secs(5);
+
+/// Rows, and bytes of them, that are written to PostgreSQL at once when a database is carried over: a manifest has 64 KiB, a rollout's
+/// targets 700 KB, so that a batch stays below some 5 MB.
+pub const CARRY_ROWS: u64 = 1_000;
+pub const CARRY_BYTES: usize = 4 << 20;
+
+/// How often a server looks whether its database is there, and how long that may take.
+pub const DB_WATCH: Duration = Duration::from_secs(5);
+
 /// Devices changed in one transaction: each changes its record, an ended and a new row and an event at most, and so stays within
 /// [`COMMIT_ROWS`].
 pub const STATE_ROWS: usize = 1_000;

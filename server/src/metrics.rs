@@ -21,6 +21,17 @@ pub const REPORT_COMMIT_SECONDS: &str = "fwpush_report_commit_seconds";
 pub const PHASE_CHANGES: &str = "fwpush_phase_changes_total";
 pub const OPERATOR_CALLS: &str = "fwpush_operator_calls_total";
 
+pub const DATABASE_UP: &str = "fwpush_database_up";
+pub const DATABASE_SECONDS: &str = "fwpush_database_answer_seconds";
+
+/// What a look at the database came to: how long it took, or None.
+pub fn db_answered(took: Option<std::time::Duration>) {
+    metrics::gauge!(DATABASE_UP).set(f64::from(u8::from(took.is_some())));
+    if let Some(took) = took {
+        metrics::histogram!(DATABASE_SECONDS).record(took);
+    }
+}
+
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
 
 /// Installs the recorder once for the process and gives the handle that renders it; `None` where the process has
@@ -75,5 +86,11 @@ fn describe() {
         "Time to commit one group of reports."
     );
     describe_counter!(PHASE_CHANGES, "Phase changes of device updates, by phase.");
+    describe_gauge!(DATABASE_UP, "1 while the database answers, else 0.");
+    describe_histogram!(
+        DATABASE_SECONDS,
+        Unit::Seconds,
+        "Time of a small read from the database, looked at every few seconds."
+    );
     describe_counter!(OPERATOR_CALLS, "Calls of operators, by method and outcome.");
 }

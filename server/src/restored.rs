@@ -9,7 +9,7 @@ use std::{io, path::Path};
 use rand::RngExt as _;
 
 use crate::{
-    db::{Db, DbError},
+    db::{Db, DbError, Place},
     limits,
 };
 
@@ -27,7 +27,7 @@ pub enum RestoredError {
 /// Prepares the database `file` in `dir`, which no server uses yet. Its schema becomes that of this version. Afterwards the file
 /// is whole by itself, without a write-ahead log, and synced. Gives the number of devices in it.
 pub async fn prepare(dir: &Path, file: &str) -> Result<u64, RestoredError> {
-    let db = Db::open(&format!("sqlite:{file}"), dir)
+    let db = Db::open(&Place::sqlite(dir.join(file)))
         .await
         .map_err(RestoredError::Open)?;
     // A second restore of the same backup must not repeat the numbers of the first.
@@ -72,12 +72,12 @@ mod tests {
 
     async fn restored(dir: &tempfile::TempDir) -> Bench {
         prepare(dir.path(), "fwpush.db").await.unwrap();
-        Bench::at(dir.path(), "sqlite:fwpush.db").await
+        Bench::at(Place::sqlite(dir.path().join("fwpush.db"))).await
     }
 
     #[tokio::test]
     async fn what_is_released_after_a_restore_is_news_to_devices_that_saw_more() {
-        let mut bench = Bench::sqlite().await;
+        let mut bench = Bench::new().await;
         bench.add_all(&["a", "away"]).await;
         let (first, _) = bench.roll_out("1.1.0").await;
         bench.update("a", &first).await;
@@ -118,7 +118,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_update_under_way_at_the_backup_is_told_anew() {
-        let mut bench = Bench::sqlite().await;
+        let mut bench = Bench::new().await;
         bench.add_all(&["a", "b"]).await;
         let (_, rollout) = bench.roll_out("1.1.0").await;
         bench.register("a", facts("1.0.0")).await;
@@ -139,7 +139,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_device_that_the_backup_does_not_know_begins_above_what_it_saw() {
-        let bench = Bench::sqlite().await;
+        let bench = Bench::new().await;
         bench.add("a").await;
         let backup = copy(&bench).await;
         let mut bench = restored(&backup).await;
@@ -157,7 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn more_devices_than_one_page_are_lifted() {
-        let bench = Bench::sqlite().await;
+        let bench = Bench::new().await;
         let names: Vec<String> = (0..limits::STATE_ROWS + 3)
             .map(|n| format!("d{n}"))
             .collect();

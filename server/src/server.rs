@@ -20,7 +20,11 @@ use fwpush_proto::v1::{
     FILE_DESCRIPTOR_SET, admin_service_server::AdminServiceServer,
     node_service_server::NodeServiceServer, push_service_server::PushServiceServer,
 };
-use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
@@ -121,9 +125,9 @@ impl Server {
             &read(&config.pki.device_ca)?,
             &read(&config.pki.device_ca_key)?,
         )?;
-        let db = Db::open(&config.database.url, config.base()).await?;
+        let db = Db::open(&config.place()?).await?;
         let store = FileStore::open(&config.files_dir()?)?;
-        if let Err(error) = backup::forget_left(&data_dir(&config)) {
+        if let Err(error) = backup::forget_left(&config.data_dir()) {
             // It costs room and nothing else.
             tracing::warn!(%error, "What backups that were cut off left behind could not be removed.");
         }
@@ -229,6 +233,11 @@ impl Server {
             sessions.clone(),
             engine_stop.clone(),
         ));
+        tokio::spawn(watch_database(
+            db.clone(),
+            health.clone(),
+            engine_stop.clone(),
+        ));
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id,
@@ -275,7 +284,7 @@ impl Running {
         self.tunables.store(Arc::new(config.limits.clone()));
         let moved = config.listen.devices != self.config.listen.devices
             || config.listen.operators != self.config.listen.operators
-            || config.database.url != self.config.database.url
+            || config.place()? != self.config.place()?
             || config.files.url != self.config.files.url;
         if moved {
             tracing::warn!(
@@ -357,7 +366,7 @@ fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
         node_ca_pem: read(&config.pki.node_ca)?,
         started_at: Timestamp::now(),
         trust_dir: config.trust.dir.clone(),
-        scratch_dir: data_dir(config),
+        scratch_dir: config.data_dir(),
     })
 }
 
@@ -398,23 +407,19 @@ fn read(path: &Path) -> Result<String, StartError> {
     })
 }
 
-/// The database's directory.
-fn data_dir(config: &Config) -> PathBuf {
-    let path = config
-        .base()
-        .join(config.database.url.trim_start_matches("sqlite:"));
-    path.parent().unwrap_or(config.base()).to_owned()
-}
-
 /// Takes the lock that keeps a second server, or a restore, away from the same data; released when the file is dropped.
 pub fn lock(config: &Config) -> Result<File, StartError> {
-    let dir = data_dir(config);
+    lock_dir(&config.data_dir())
+}
+
+/// [`lock`] for the data in `dir`.
+pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
     let path = dir.join("fwpush.lock");
     let failed = |source| StartError::Lock {
         path: path.clone(),
         source,
     };
-    fs::create_dir_all(&dir).map_err(failed)?;
+    fs::create_dir_all(dir).map_err(failed)?;
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -423,7 +428,9 @@ pub fn lock(config: &Config) -> Result<File, StartError> {
         .map_err(failed)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked { path: dir }),
+        Err(fs::TryLockError::WouldBlock) => Err(StartError::Locked {
+            path: dir.to_owned(),
+        }),
         Err(fs::TryLockError::Error(source)) => Err(failed(source)),
     }
 }
@@ -439,6 +446,34 @@ async fn forget_old_uploads(store: FileStore, stop: CancellationToken) {
         let forgot = tokio::task::spawn_blocking(move || store.forget_old_uploads()).await;
         if let Ok(Err(error)) = forgot {
             tracing::warn!(%error, "Old uploads stay a while longer.");
+        }
+    }
+}
+
+/// Notes when the database goes away and when it is back. Everything else goes on, and waits for it where it needs it.
+async fn watch_database(db: Db, health: Health, stop: CancellationToken) {
+    let mut round = tokio::time::interval(limits::DB_WATCH);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = round.tick() => {}
+        }
+        let asked = Instant::now();
+        let answer = timeout(limits::DB_WATCH, db.check()).await;
+        metrics::db_answered(matches!(answer, Ok(Ok(()))).then(|| asked.elapsed()));
+        let problem = match answer {
+            Ok(Ok(())) => None,
+            Ok(Err(DbError::Closed)) => return,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some(format!("no answer within {} s", limits::DB_WATCH.as_secs())),
+        };
+        match (health.set_database(problem.is_none()), problem) {
+            (true, Some(problem)) => tracing::error!(
+                problem,
+                "The database is away: devices stay connected, and what they report waits."
+            ),
+            (false, None) => tracing::info!("The database is back."),
+            _ => {}
         }
     }
 }

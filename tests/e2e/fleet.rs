@@ -15,7 +15,7 @@ const DEVICES: usize = 300;
 const MIB: usize = 1 << 20;
 
 /// A fleet in this process, against a site's server.
-fn fleet(
+pub fn fleet(
     site: &Site,
     prefix: &str,
     devices: usize,
@@ -36,11 +36,11 @@ fn fleet(
     Fleet::start(config).unwrap()
 }
 
-fn version(text: &str) -> Version {
+pub fn version(text: &str) -> Version {
     text.parse().unwrap()
 }
 
-async fn all_online(fleet: &Fleet) {
+pub async fn all_online(fleet: &Fleet) {
     fleet
         .wait_until(|seen| seen.online == seen.devices, LONG)
         .await
@@ -225,7 +225,7 @@ async fn a_server_killed_in_mid_rollout_finishes_it_with_nothing_lost() {
 }
 
 /// Whether a row in `phase` is at or past what a device was told is committed.
-fn reached(phase: &str, confirmed: &str) -> bool {
+pub fn reached(phase: &str, confirmed: &str) -> bool {
     const ORDER: [&str; 10] = [
         "PENDING",
         "OFFERED",

@@ -13,6 +13,7 @@ mod hostile_server;
 mod limits;
 mod links;
 mod operator;
+mod postgres;
 mod server_kills;
 mod storage_faults;
 mod stream;

@@ -10,6 +10,7 @@ pub mod hostile;
 pub mod http2;
 pub mod offline;
 pub mod pki;
+pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod raw;

@@ -101,6 +101,14 @@ impl Site {
         site
     }
 
+    /// Has the server use another database from its next start on.
+    pub fn use_database(&self, url: &str) {
+        self.edit_config(|config| {
+            let database = toml::Table::from_iter([("url".to_owned(), url.into())]);
+            config.insert("database".into(), database.into());
+        });
+    }
+
     /// The directory given to `fwpush init`.
     pub fn dir(&self) -> PathBuf {
         self.temp.path().join("site")

@@ -1,5 +1,6 @@
 //! What can be typed: every command, its arguments and its help. No logic.
 
+mod db;
 mod device;
 mod keys;
 mod release;
@@ -13,7 +14,7 @@ use fwpush_keys::{
     id::{NodeId, OperatorId, Product, TrustDomain},
 };
 
-pub use self::{device::*, keys::*, release::*, rollout::*};
+pub use self::{db::*, device::*, keys::*, release::*, rollout::*};
 use crate::values::ByteCount;
 
 /// Distributes firmware: signed releases, pushed to devices, verified by them byte by byte.
@@ -59,6 +60,7 @@ pub enum Command {
     Keys(KeysArgs),
     Backup(BackupArgs),
     Restore(RestoreArgs),
+    Db(DbArgs),
 }
 
 /// Show a whole fleet update itself on this machine

@@ -44,6 +44,13 @@ dir = "trust"
 
 [database]
 url = "sqlite:data/fwpush.db"
+# Several nodes share a PostgreSQL database; `fwpush db migrate` carries an embedded one over. The url holds no password.
+# url = "postgres://fwpush@db.example.com/fwpush"
+# password_file = "db.password"
+# Authorities by which its server is known, beside public ones.
+# ca_file = "pki/db-ca.crt"
+# "verify-full", the default for other machines, or "off".
+# tls = "verify-full"
 
 [files]
 url = "file:data/files"

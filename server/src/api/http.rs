@@ -22,6 +22,7 @@ const CONNECTIONS: usize = 64;
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     ready: Arc<AtomicBool>,
+    database_away: Arc<AtomicBool>,
 }
 
 impl Health {
@@ -29,8 +30,18 @@ impl Health {
         self.ready.store(ready, Ordering::Release);
     }
 
-    pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Acquire)
+    /// Notes whether the database answers; gives what was noted before.
+    pub fn set_database(&self, answers: bool) -> bool {
+        !self.database_away.swap(!answers, Ordering::AcqRel)
+    }
+
+    /// Why this node wants no new work; None: it does.
+    pub fn unready(&self) -> Option<&'static str> {
+        if !self.ready.load(Ordering::Acquire) {
+            return Some("draining\n");
+        }
+        let away = self.database_away.load(Ordering::Acquire);
+        away.then_some("the database is away\n")
     }
 }
 
@@ -42,12 +53,11 @@ pub async fn serve_http(
     stop: CancellationToken,
 ) {
     let ready = move || {
-        let ready = health.is_ready();
+        let unready = health.unready();
         async move {
-            if ready {
-                (StatusCode::OK, "ready\n")
-            } else {
-                (StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+            match unready {
+                None => (StatusCode::OK, "ready\n"),
+                Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
             }
         }
     };

@@ -4,6 +4,7 @@
 //! [`limits::COMMIT_ROWS`](crate::limits::COMMIT_ROWS) rows. Everything that a rollout does to a device goes through
 //! [`states`], so that rows, counters and revisions always change together.
 
+mod carry;
 pub(crate) mod clock;
 mod counters;
 mod devices;
@@ -13,10 +14,12 @@ mod events;
 mod files;
 mod leases;
 mod nudge;
+mod place;
 mod releases;
 pub(crate) mod rollout_devices;
 pub(crate) mod rollouts;
 mod schema;
+mod seal;
 pub(crate) mod states;
 mod trust;
 
@@ -25,6 +28,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use fwpush_keys::time::Timestamp;
 use tokio::sync::watch;
 
+pub use carry::{Carried, CarriedTable, CarryError, carry};
 pub use devices::{Added, DeviceFilter, DeviceRecord, NewDevice, RunningImage};
 pub use error::DbError;
 pub use events::EventRow;
@@ -32,6 +36,7 @@ pub(crate) use events::{NewEvent, insert as insert_events, prune as prune_events
 pub use files::FileRow;
 pub use leases::{Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};
+pub use place::{Options, Place, PlaceError, PostgresPlace, TlsMode};
 pub use releases::{Published, ReleaseRow};
 pub use trust::TrustKind;
 
@@ -55,24 +60,14 @@ struct Inner {
 }
 
 impl Db {
-    /// Opens the database that `url` names (`sqlite:PATH`, relative to `dir`), creates it where missing, and brings its schema up
-    /// to date. A database that only newer versions may touch is refused with [`DbError::NewerSchema`].
-    pub async fn open(url: &str, dir: &Path) -> Result<Self, DbError> {
-        let engine = Engine::open(url, dir).await?;
+    /// Opens the database, creates a file where it is missing, and brings its schema up to date. A database that only newer
+    /// versions may touch is refused with [`DbError::NewerSchema`].
+    pub async fn open(place: &Place) -> Result<Self, DbError> {
+        let engine = Engine::open(place).await?;
         schema::migrate(&engine).await?;
-        let stored = engine
-            .rows(
-                "read the clock",
-                "SELECT value FROM meta WHERE name = 'clock_ms'",
-                vec![],
-            )
-            .await?;
-        let stored = stored
-            .first()
-            .map_or(Ok(Timestamp::EPOCH), |row| row.time("value"))?;
         let inner = Inner {
+            clock: engine.clock().await?,
             engine,
-            clock: Clock::new(stored),
             nudges: Nudges::new(),
             releases: ReleaseCache::default(),
         };
@@ -106,7 +101,12 @@ impl Db {
             .map(|_| ())
     }
 
-    /// Writes a consistent copy into `path`, which must not exist, while everything goes on.
+    /// Fails with [`DbError::Unfit`] where [`Self::vacuum_into`] would.
+    pub fn can_be_copied(&self) -> Result<(), DbError> {
+        self.inner.engine.can_be_copied()
+    }
+
+    /// Writes a consistent copy into `path`, which must not exist, while everything goes on. [`DbError::Unfit`] on PostgreSQL.
     pub async fn vacuum_into(&self, path: &Path) -> Result<(), DbError> {
         self.inner.engine.copy_into(path).await
     }
@@ -132,7 +132,11 @@ impl Db {
 }
 
 #[cfg(test)]
+mod carry_tests;
+#[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod postgres_tests;
 #[cfg(test)]
 mod sqlite_tests;
 #[cfg(test)]

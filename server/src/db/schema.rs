@@ -5,8 +5,8 @@
 
 use super::{
     DbError,
-    clock::Clock,
     engine::{Engine, params},
+    seal,
 };
 
 /// One step of the schema.
@@ -16,6 +16,7 @@ struct Migration {
     /// The lowest `version` that a binary must know to work with the database after this step.
     oldest_binary: i64,
     sqlite: &'static str,
+    postgres: &'static str,
 }
 
 const MIGRATIONS: &[Migration] = &[
@@ -23,16 +24,23 @@ const MIGRATIONS: &[Migration] = &[
         version: 1,
         oldest_binary: 1,
         sqlite: include_str!("../../migrations/sqlite/0001_initial.sql"),
+        postgres: include_str!("../../migrations/postgres/0001_initial.sql"),
     },
     Migration {
         version: 2,
         oldest_binary: 1,
         sqlite: include_str!("../../migrations/sqlite/0002_deferred_until.sql"),
+        postgres: include_str!("../../migrations/postgres/0002_deferred_until.sql"),
     },
 ];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.
+///
+/// A sealed database is refused with [`DbError::Moved`].
 pub(super) async fn migrate(engine: &Engine) -> Result<(), DbError> {
+    if let Some(to) = seal::read(engine).await? {
+        return Err(DbError::Moved { to });
+    }
     migrate_with(engine, MIGRATIONS).await
 }
 
@@ -41,8 +49,7 @@ async fn migrate_with(engine: &Engine, migrations: &[Migration]) -> Result<(), D
         version BIGINT NOT NULL PRIMARY KEY, oldest_binary BIGINT NOT NULL, applied_at_ms BIGINT NOT NULL)";
     const MIGRATE: &str = "bring the database to this version's schema";
     let ours = migrations.last().map_or(0, |last| last.version);
-    let clock = Clock::new(fwpush_keys::time::Timestamp::EPOCH);
-    let mut tx = engine.begin(&clock).await?;
+    let mut tx = engine.begin_schema().await?;
     tx.execute(MIGRATE, TABLE, vec![]).await?;
     let newest = "SELECT version, oldest_binary FROM schema ORDER BY version DESC LIMIT 1";
     let (found, oldest) = match tx.row(MIGRATE, newest, vec![]).await? {
@@ -60,9 +67,11 @@ async fn migrate_with(engine: &Engine, migrations: &[Migration]) -> Result<(), D
         .iter()
         .filter(|migration| migration.version > found)
     {
-        match engine {
-            Engine::Sqlite { .. } => tx.script(MIGRATE, migration.sqlite).await?,
-        }
+        let script = match engine {
+            Engine::Sqlite(_) => migration.sqlite,
+            Engine::Postgres(_) => migration.postgres,
+        };
+        tx.script(MIGRATE, script).await?;
         let done = "INSERT INTO schema (version, oldest_binary, applied_at_ms) VALUES ($1, $2, $3)";
         let now = tx.now();
         tx.execute(
@@ -82,73 +91,65 @@ async fn migrate_with(engine: &Engine, migrations: &[Migration]) -> Result<(), D
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::db::{
+        Db,
+        testing::{Bench, on_postgres_too},
+    };
 
-    /// The newest step that this binary knows; databases here have it already.
-    fn newest() -> Migration {
-        let version = MIGRATIONS.last().unwrap().version;
+    on_postgres_too!(
+        a_database_that_a_newer_binary_extended_opens_and_one_that_it_closed_to_us_is_refused,
+        a_step_that_fails_leaves_the_schema_as_it_was,
+    );
+
+    fn step(version: i64, oldest_binary: i64, script: &'static str) -> Migration {
         Migration {
             version,
-            oldest_binary: 1,
-            sqlite: "",
+            oldest_binary,
+            sqlite: script,
+            postgres: script,
         }
     }
 
     #[tokio::test]
     async fn a_database_that_a_newer_binary_extended_opens_and_one_that_it_closed_to_us_is_refused()
     {
-        let dir = tempfile::tempdir().unwrap();
-        let engine = Engine::open("sqlite:test.db", dir.path()).await.unwrap();
-        migrate(&engine).await.unwrap();
-        migrate(&engine).await.unwrap();
-        let newer = |oldest_binary| Migration {
-            version: newest().version + 1,
-            oldest_binary,
-            sqlite: "CREATE TABLE later (a INTEGER) STRICT",
-        };
-        migrate_with(&engine, &[newest(), newer(1)]).await.unwrap();
-        migrate(&engine).await.unwrap();
-        let contract = Migration {
-            version: newest().version + 2,
-            oldest_binary: newest().version + 2,
-            sqlite: "DROP TABLE later",
-        };
-        migrate_with(&engine, &[newest(), newer(1), contract])
+        let bench = Bench::new().await;
+        let engine = &bench.db.inner.engine;
+        migrate(engine).await.unwrap();
+        let ours = MIGRATIONS.last().unwrap().version;
+        let known = || step(ours, 1, "");
+        let expand = || step(ours + 1, 1, "CREATE TABLE later (a INTEGER)");
+        migrate_with(engine, &[known(), expand()]).await.unwrap();
+        migrate(engine).await.unwrap();
+        let contract = step(ours + 2, ours + 2, "DROP TABLE later");
+        migrate_with(engine, &[known(), expand(), contract])
             .await
             .unwrap();
-        let refused = migrate(&engine).await.unwrap_err();
-        let DbError::NewerSchema {
-            found,
-            oldest,
-            ours,
-        } = refused
-        else {
-            panic!("{refused}")
-        };
-        let version = newest().version;
-        assert_eq!((found, oldest, ours), (version + 2, version + 2, version));
+        let refused = migrate(engine).await.unwrap_err();
+        assert!(
+            matches!(refused, DbError::NewerSchema { found, oldest, ours: had }
+                if (found, oldest, had) == (ours + 2, ours + 2, ours)),
+            "{refused}"
+        );
+        assert!(refused.to_string().contains("use a newer fwpush"));
+        let again = Db::open(&bench.place).await.unwrap_err();
+        assert!(matches!(again, DbError::NewerSchema { .. }), "{again}");
     }
 
     #[tokio::test]
     async fn a_step_that_fails_leaves_the_schema_as_it_was() {
-        let dir = tempfile::tempdir().unwrap();
-        let engine = Engine::open("sqlite:test.db", dir.path()).await.unwrap();
-        migrate(&engine).await.unwrap();
-        let broken = Migration {
-            version: newest().version + 1,
-            oldest_binary: 1,
-            sqlite: "CREATE TABLE half (a INTEGER) STRICT; NONSENSE",
-        };
-        migrate_with(&engine, &[newest(), broken])
+        let bench = Bench::new().await;
+        let engine = &bench.db.inner.engine;
+        let ours = MIGRATIONS.last().unwrap().version;
+        let broken = step(ours + 1, 1, "CREATE TABLE half (a INTEGER); NONSENSE");
+        migrate_with(engine, &[step(ours, 1, ""), broken])
             .await
             .unwrap_err();
         let left = engine
-            .rows(
-                "look",
-                "SELECT name FROM sqlite_master WHERE name = 'half'",
-                vec![],
-            )
+            .rows("look", "SELECT a FROM half", vec![])
             .await
-            .unwrap();
-        assert!(left.is_empty());
+            .unwrap_err();
+        assert!(left.to_string().contains("look"), "{left}");
+        migrate(engine).await.unwrap();
     }
 }

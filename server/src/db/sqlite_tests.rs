@@ -13,25 +13,17 @@ use super::{
 use crate::{desired, rollout::Phase};
 
 #[tokio::test]
-async fn a_damaged_file_and_an_odd_url_are_refused_in_words() {
+async fn a_damaged_file_is_refused_in_words() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("bad.db"), [7_u8; 8_192]).unwrap();
-    let refused = Db::open("sqlite:bad.db", dir.path()).await.unwrap_err();
+    let place = Place::sqlite(dir.path().join("bad.db"));
+    let refused = Db::open(&place).await.unwrap_err();
     assert!(matches!(refused, DbError::Corrupt { .. }), "{refused}");
-    for url in [
-        "postgres://localhost/fwpush",
-        "sqlite:",
-        "sqlite::memory:",
-        "sqlite:a.db?mode=ro",
-    ] {
-        let refused = Db::open(url, dir.path()).await.unwrap_err();
-        assert!(matches!(refused, DbError::Url { .. }), "{url}: {refused}");
-    }
 }
 
 #[tokio::test]
 async fn a_full_disk_and_a_read_only_connection_are_told_apart_and_nothing_is_lost() {
-    let bench = Bench::sqlite().await;
+    let bench = Bench::new().await;
     bench.add("a").await;
     let insert = "INSERT INTO meta (name, value) VALUES ('x', 1)";
     let refused = bench
@@ -72,10 +64,13 @@ async fn a_full_disk_and_a_read_only_connection_are_told_apart_and_nothing_is_lo
 
 #[tokio::test]
 async fn hot_statements_never_walk_a_whole_table() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b", "c"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
-    let lines = engine::plans::of(&bench.db.inner.engine, hot_statements(&bench, &rollout)).await;
+    let Engine::Sqlite(engine) = &bench.db.inner.engine else {
+        panic!("SQLite")
+    };
+    let lines = engine::plans::of(engine, hot_statements(&bench, &rollout)).await;
     assert!(lines.len() > 20, "{lines:#?}");
     // A walk over the rows that a statement was given is the point; over a partial index it is bounded by what is open.
     let walk = |line: &str| {
@@ -153,14 +148,44 @@ async fn hot_statements(bench: &Bench, rollout: &RolloutId) {
 
 #[tokio::test]
 async fn a_second_process_on_the_same_file_waits_its_turn() {
-    let bench = Bench::sqlite().await;
-    let other = Engine::open("sqlite:test.db", bench.dir.path())
-        .await
-        .unwrap();
-    let clock = Clock::new(Timestamp::EPOCH);
+    let bench = Bench::new().await;
+    let other = Engine::open(&bench.place).await.unwrap();
+    let clock = Clock::machine(Timestamp::EPOCH);
     let tx = other.begin(&clock).await.unwrap();
     let db = bench.db.clone();
     let writer = tokio::spawn(async move { db.add_device(device("a"), "tester").await });
     tx.commit().await.unwrap();
     writer.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_copy_made_while_writing_opens_and_holds_everything() {
+    let bench = Bench::new().await;
+    bench.add_all(&["a", "b"]).await;
+    let copy = bench.dir.path().join("copy.db");
+    let mut tx = bench.db.begin().await.unwrap();
+    tx.execute(
+        "delete",
+        "DELETE FROM devices WHERE device_id = 'a'",
+        params![],
+    )
+    .await
+    .unwrap();
+    bench.db.vacuum_into(&copy).await.unwrap();
+    tx.commit().await.unwrap();
+    let copy = Db::open(&Place::sqlite(&copy)).await.unwrap();
+    assert_eq!(
+        copy.count_devices(None).await.unwrap(),
+        2,
+        "what was not committed is not in it"
+    );
+    assert_eq!(bench.db.count_devices(None).await.unwrap(), 1);
+    assert!(
+        bench
+            .db
+            .vacuum_into(&bench.dir.path().join("copy.db"))
+            .await
+            .is_err(),
+        "an existing file stays"
+    );
 }

@@ -162,7 +162,7 @@ async fn touch(
         bytes_done = rollouts.bytes_done + x.bytes_done, bytes_total = rollouts.bytes_total + x.bytes_total, \
         queued = rollouts.queued + x.queued, driven = 1, updated_at_ms = $2 \
         FROM {rows} AS x WHERE rollouts.rollout_id = x.rollout_id \
-        RETURNING rollout_id, rev";
+        RETURNING rollouts.rollout_id, rollouts.rev";
     if changes.is_empty() {
         return Ok(BTreeMap::new());
     }

@@ -1,15 +1,18 @@
 //! What the engine's tests stand on: a real database in a directory of its own, and short words for common steps.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{cell::RefCell, collections::BTreeMap, path::Path, sync::Arc};
 
 use fwpush_keys::{
     id::{DeviceId, FileId, ReleaseId, RolloutId},
     release::HwRange,
     time::Timestamp,
 };
+use fwpush_services::Postgres;
 use tokio::sync::watch;
 
-use super::{Added, Db, NewDevice, Published, ReleaseRow, RunningImage, engine::params};
+use super::{
+    Added, Db, NewDevice, Options, Place, Published, ReleaseRow, RunningImage, engine::params,
+};
 use crate::{
     desired::{self, Desired, Facts},
     driver,
@@ -31,38 +34,105 @@ pub(crate) fn ids(names: &[&str]) -> Vec<DeviceId> {
 /// A server's engine without its tasks: tests take each step themselves.
 pub(crate) struct Bench {
     pub db: Db,
+    pub place: Place,
     /// Gone with the bench, unless the database is somebody else's.
     pub dir: tempfile::TempDir,
+    /// The server of a database that is PostgreSQL's.
+    postgres: Option<Arc<Postgres>>,
     files: u64,
     said: u64,
 }
 
+thread_local! {
+    /// Where set, benches of this thread are made there.
+    static POSTGRES: RefCell<Option<(Arc<Postgres>, u32)>> = const { RefCell::new(None) };
+}
+
+/// Runs a test that makes its benches with [`Bench::new`] on PostgreSQL. Where that is not installed, says so.
+pub(crate) fn on_postgres(test: impl FnOnce()) {
+    if let Some(postgres) = postgres(&fwpush_services::Options::default()) {
+        POSTGRES.set(Some((postgres, 0)));
+        test();
+        POSTGRES.set(None);
+    }
+}
+
+/// A server of this test's own. None: PostgreSQL is not installed.
+pub(crate) fn postgres(options: &fwpush_services::Options) -> Option<Arc<Postgres>> {
+    let exe = std::env::current_exe().unwrap();
+    // target/<profile>/deps/fwpush_server-... -> target/postgres
+    let template = exe.ancestors().nth(3).unwrap().join("postgres");
+    let options = fwpush_services::Options {
+        template: Some(template),
+        ..options.clone()
+    };
+    match Postgres::start(&options) {
+        Ok(postgres) => Some(Arc::new(postgres)),
+        Err(missing @ fwpush_services::Error::Missing { .. }) => {
+            println!("SKIPPED: {missing}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Runs each of the named tests, which use [`Bench::new`], on PostgreSQL too.
+macro_rules! on_postgres_too {
+    ($($name:ident),* $(,)?) => {
+        mod postgres {
+            $(#[test] fn $name() { $crate::db::testing::on_postgres(super::$name); })*
+        }
+    };
+}
+pub(crate) use on_postgres_too;
+
 impl Bench {
-    pub(crate) async fn sqlite() -> Self {
+    /// On SQLite, but inside of [`on_postgres`].
+    pub(crate) async fn new() -> Self {
+        let next = POSTGRES.with_borrow_mut(|postgres| {
+            let (postgres, number) = postgres.as_mut()?;
+            *number += 1;
+            Some((postgres.clone(), format!("bench{number}")))
+        });
         let dir = tempfile::tempdir().unwrap();
-        let db = Db::open("sqlite:test.db", dir.path()).await.unwrap();
+        let (place, postgres) = match next {
+            None => (Place::sqlite(dir.path().join("test.db")), None),
+            Some((postgres, database)) => {
+                postgres.create_database(&database).unwrap();
+                (place_of(&postgres.url(&database)), Some(postgres))
+            }
+        };
+        let db = Db::open(&place).await.unwrap();
         Self {
             db,
+            place,
             dir,
+            postgres,
             files: 0,
             said: 0,
         }
     }
 
     /// On a database that is there already.
-    pub(crate) async fn at(dir: &Path, url: &str) -> Self {
+    pub(crate) async fn at(place: Place) -> Self {
         Self {
-            db: Db::open(url, dir).await.unwrap(),
+            db: Db::open(&place).await.unwrap(),
+            place,
             dir: tempfile::tempdir().unwrap(),
+            postgres: None,
             files: 100,
             said: 100,
         }
     }
 
+    pub(crate) fn is_postgres(&self) -> bool {
+        self.postgres.is_some()
+    }
+
     /// Closes the database and opens it again, as a restart does.
     pub(crate) async fn restart(&mut self) {
         self.db.close().await;
-        self.db = Db::open("sqlite:test.db", self.dir.path()).await.unwrap();
+        self.db = Db::open(&self.place).await.unwrap();
     }
 
     pub(crate) async fn add(&self, name: &str) {
@@ -248,8 +318,8 @@ impl Bench {
         }
         assert_eq!(counts[0], counts[1], "rows and counters");
         const SUMS: &str = "SELECT r.rollout_id, r.bytes_done, r.bytes_total, r.queued, \
-            (SELECT COALESCE(SUM(x.bytes_done), 0) FROM rollout_devices AS x WHERE x.rollout_id = r.rollout_id) AS done, \
-            (SELECT COALESCE(SUM(x.bytes_total), 0) FROM rollout_devices AS x WHERE x.rollout_id = r.rollout_id) AS total, \
+            (SELECT CAST(COALESCE(SUM(x.bytes_done), 0) AS BIGINT) FROM rollout_devices AS x WHERE x.rollout_id = r.rollout_id) AS done, \
+            (SELECT CAST(COALESCE(SUM(x.bytes_total), 0) AS BIGINT) FROM rollout_devices AS x WHERE x.rollout_id = r.rollout_id) AS total, \
             (SELECT COUNT(*) FROM devices AS d WHERE d.next_rollout_id = r.rollout_id) AS waiting FROM rollouts AS r";
         for row in self
             .db
@@ -281,6 +351,11 @@ impl Bench {
             .unwrap();
         rows[0].i64("n").unwrap()
     }
+}
+
+/// The place that a URL names.
+pub(crate) fn place_of(url: &str) -> Place {
+    Place::parse(url, &Options::default(), Path::new("")).unwrap()
 }
 
 pub(crate) fn device(name: &str) -> NewDevice {

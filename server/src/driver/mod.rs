@@ -146,6 +146,8 @@ async fn drive_one(
                 pass.wake_at = [pass.wake_at, wake_at].into_iter().flatten().min();
                 return Ok(());
             }
+            // Somebody else's transaction was in the way, and this one was undone: another step.
+            Err(DbError::Conflict { .. }) => tokio::time::sleep(limits::DRIVER_PAUSE).await,
             // One damaged rollout must not stop the others.
             Err(error @ (DbError::Value { .. } | DbError::Other { .. })) => {
                 tracing::error!(rollout.id = %rollout, error = &error as &dyn std::error::Error, "A rollout cannot be driven.");

@@ -5,11 +5,24 @@ use std::{cell::RefCell, time::Duration};
 use super::{follower::Follower, *};
 use crate::{
     db::engine::plans::statements,
-    db::testing::{Bench, accepted, facts, file_ack, id, succeeded},
+    db::testing::{Bench, accepted, facts, file_ack, id, on_postgres_too, succeeded},
     desired::DesiredAction,
     rollout::{Phase, RolloutState},
     rollouts::{self, Target},
 };
+
+on_postgres_too!(
+    the_follower_tells_connected_devices_each_change_once,
+    the_follower_sees_a_change_whose_commit_was_seen_late,
+    a_settled_rollout_ends_when_its_release_expires,
+    the_history_of_many_rollouts_goes_in_one_statement_a_commit,
+    a_follower_that_was_away_catches_up_with_whole_pages,
+    another_nodes_rollout_is_left_alone_until_its_lease_runs_out,
+    of_two_nodes_at_once_exactly_one_drives_a_rollout,
+    a_settled_rollout_costs_the_driver_nothing,
+    old_history_goes_and_counts_and_audit_stay,
+    the_running_driver_is_woken_by_changes,
+);
 
 /// What a follower hands over, as (device, action, generation).
 async fn offers(follower: &mut Follower) -> Vec<(String, DesiredAction, u64)> {
@@ -31,7 +44,7 @@ async fn offers(follower: &mut Follower) -> Vec<(String, DesiredAction, u64)> {
 
 #[tokio::test]
 async fn the_follower_tells_connected_devices_each_change_once() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b", "offline"]).await;
     let (_, before) = bench.roll_out("1.0.1").await;
     let mut follower = Follower::new(bench.db.clone()).await.unwrap();
@@ -76,7 +89,7 @@ async fn the_follower_tells_connected_devices_each_change_once() {
 
 #[tokio::test]
 async fn the_follower_sees_a_change_whose_commit_was_seen_late() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     bench.roll_out("1.0.1").await;
     let mut follower = Follower::new(bench.db.clone()).await.unwrap();
@@ -97,7 +110,7 @@ async fn the_follower_sees_a_change_whose_commit_was_seen_late() {
 
 #[tokio::test]
 async fn a_settled_rollout_ends_when_its_release_expires() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("never-connects").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.db.advance_clock(limits::SETTLE);
@@ -122,7 +135,7 @@ async fn a_settled_rollout_ends_when_its_release_expires() {
 
 #[tokio::test]
 async fn the_history_of_many_rollouts_goes_in_one_statement_a_commit() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     for version in 1..=20 {
         bench.roll_out(&format!("1.{version}.0")).await;
@@ -146,7 +159,7 @@ async fn the_history_of_many_rollouts_goes_in_one_statement_a_commit() {
 
 #[tokio::test]
 async fn a_follower_that_was_away_catches_up_with_whole_pages() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     let names: Vec<String> = (0..20).map(|n| format!("dev-{n:02}")).collect();
     for name in &names {
         bench.add(name).await;
@@ -167,7 +180,7 @@ async fn a_follower_that_was_away_catches_up_with_whole_pages() {
 
 #[tokio::test]
 async fn another_nodes_rollout_is_left_alone_until_its_lease_runs_out() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let release = bench.publish("1.1.0").await;
     let rollout = bench.start(&release, Target::All).await;
@@ -191,9 +204,70 @@ async fn another_nodes_rollout_is_left_alone_until_its_lease_runs_out() {
     assert_eq!(bench.generation("a").await, 1);
 }
 
+/// Two nodes look at the same rollout again and again, each over a database handle of its own; one dies in the middle.
+#[tokio::test]
+async fn of_two_nodes_at_once_exactly_one_drives_a_rollout() {
+    let mut bench = Bench::new().await;
+    let names: Vec<String> = (0..6).map(|n| format!("dev-{n}")).collect();
+    for name in &names {
+        bench.add(name).await;
+    }
+    let release = bench.publish("1.1.0").await;
+    let rollout = bench.start(&release, Target::All).await;
+    let nodes = [bench.db.clone(), Db::open(&bench.place).await.unwrap()];
+    let holders = ["node-1", "node-2"].map(|name| LeaseHolder::new(name.parse().unwrap()));
+    let looks = |node: usize| {
+        let (db, holder) = (nodes[node].clone(), holders[node].clone());
+        async move {
+            let mut done = 0;
+            for _ in 0..10 {
+                done += usize::from(step(&db, &holder, &rollout).await.unwrap() == Step::Done);
+            }
+            done
+        }
+    };
+    let done = tokio::join!(looks(0), looks(1));
+    // Choosing needs no lease: who comes late finds it done. Offering, completing and all else is one node's.
+    let token = "SELECT token AS n FROM leases";
+    assert_eq!(bench.count(token).await, 1, "{done:?}");
+    for name in &names {
+        assert_eq!(bench.generation(name).await, 1, "{name} was told once");
+    }
+    bench.check_counts().await;
+    const OWNER: &str = "SELECT owner FROM leases";
+    let rows = bench.db.reader().rows("look", OWNER, vec![]).await.unwrap();
+    let first = rows[0].text("owner").unwrap();
+    let survivor = usize::from(first == "node-1");
+    // The other is dead. There is something to do again: a device answers nothing.
+    bench.hear("dev-0").await;
+    bench
+        .db
+        .advance_clock(limits::TIMEOUTS.reply.max(limits::LEASE_LIFE));
+    bench
+        .db
+        .event(None, "TIME", "passes", "tester")
+        .await
+        .unwrap();
+    nodes[survivor].advance_clock(limits::TIMEOUTS.reply.max(limits::LEASE_LIFE));
+    let went_on = step(&nodes[survivor], &holders[survivor], &rollout).await;
+    assert_eq!(went_on.unwrap(), Step::Done);
+    assert_eq!(bench.phases(&rollout).await, [(Phase::Pending, 6)]);
+    // Had the first only slept, it would find out in the transaction in which it means to go on.
+    let mut tx = bench.db.begin().await.unwrap();
+    let lease = format!("rollout/{rollout}");
+    let again = crate::db::hold_lease(&mut tx, &lease, &holders[1 - survivor], limits::LEASE_LIFE);
+    assert_eq!(again.await.unwrap(), None);
+    drop(tx);
+    assert_eq!(
+        bench.count(token).await,
+        2,
+        "the fencing number says that somebody else was at work"
+    );
+}
+
 #[tokio::test]
 async fn a_settled_rollout_costs_the_driver_nothing() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     assert_eq!(rollouts::list(&bench.db, 0).await.unwrap().len(), 1);
@@ -211,7 +285,7 @@ async fn a_settled_rollout_costs_the_driver_nothing() {
 
 #[tokio::test]
 async fn old_history_goes_and_counts_and_audit_stay() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, first) = bench.roll_out("1.1.0").await;
     bench.update("a", &release).await;
@@ -247,7 +321,7 @@ async fn old_history_goes_and_counts_and_audit_stay() {
 
 #[tokio::test]
 async fn the_running_driver_is_woken_by_changes() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let sessions = Sessions::new(bench.db.now());
     let stop = CancellationToken::new();

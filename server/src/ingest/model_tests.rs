@@ -11,8 +11,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     db::testing::{
-        Bench, STATE, accepted, downloading, ended, facts, file_ack, id, reached, running,
-        succeeded,
+        Bench, STATE, accepted, downloading, ended, facts, file_ack, id, on_postgres, reached,
+        running, succeeded,
     },
     desired::Facts,
     rollouts::{self, RolloutDeviceRow, Target},
@@ -105,7 +105,7 @@ struct World {
 
 impl World {
     async fn new() -> Self {
-        let bench = Bench::sqlite().await;
+        let bench = Bench::new().await;
         bench.add_all(&DEVICES).await;
         Self {
             bench,
@@ -351,31 +351,68 @@ fn check_step(before: &RolloutDeviceRow, after: &RolloutDeviceRow) {
     }
 }
 
+fn stories() -> impl Strategy<Value = Vec<Happens>> {
+    prop::collection::vec(happens(), 1..60)
+}
+
+fn tell(story: Vec<Happens>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut world = World::new().await;
+        world.happen(Happens::Starts { all: true }).await;
+        for event in story {
+            world.happen(event).await;
+            world.check().await;
+        }
+        // Time heals: without any device, every rollout comes to rest.
+        for _ in 0..6 {
+            world
+                .bench
+                .db
+                .advance_clock(Duration::from_secs(8 * 24 * 3_600));
+            world.bench.drive().await;
+            world.check().await;
+        }
+        let bench = &world.bench;
+        let driven = "SELECT COUNT(*) AS n FROM rollouts WHERE driven = 1";
+        let told = "SELECT COUNT(*) AS n FROM rollout_devices WHERE phase BETWEEN 2 AND 9";
+        let queued = "SELECT COUNT(*) AS n FROM devices WHERE next_rollout_id IS NOT NULL";
+        let left = (
+            bench.count(driven).await,
+            bench.count(told).await,
+            bench.count(queued).await,
+        );
+        assert_eq!(left, (0, 0, 0));
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_the_invariants_hold(story in prop::collection::vec(happens(), 1..60)) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let mut world = World::new().await;
-            world.happen(Happens::Starts { all: true }).await;
-            for event in story {
-                world.happen(event).await;
-                world.check().await;
-            }
-            // Time heals: without any device, every rollout comes to rest.
-            for _ in 0..6 {
-                world.bench.db.advance_clock(Duration::from_secs(8 * 24 * 3_600));
-                world.bench.drive().await;
-                world.check().await;
-            }
-            let driven = world.bench.count("SELECT COUNT(*) AS n FROM rollouts WHERE driven = 1").await;
-            let told = world.bench.count("SELECT COUNT(*) AS n FROM rollout_devices WHERE phase BETWEEN 2 AND 9").await;
-            let queued = world.bench.count("SELECT COUNT(*) AS n FROM devices WHERE next_rollout_id IS NOT NULL").await;
-            assert_eq!((driven, told, queued), (0, 0, 0));
-        });
+    fn whatever_happens_the_invariants_hold(story in stories()) {
+        tell(story);
     }
+}
+
+/// The same on PostgreSQL, fewer of them: each makes a database of its own.
+#[test]
+fn whatever_happens_the_invariants_hold_on_postgres() {
+    on_postgres(|| {
+        let config = ProptestConfig {
+            cases: 4,
+            max_shrink_iters: 40,
+            ..ProptestConfig::default()
+        };
+        let told = proptest::test_runner::TestRunner::new(config).run(&stories(), |story| {
+            tell(story);
+            Ok(())
+        });
+        told.unwrap();
+    });
 }
 
 /// Ending the story in order does not depend on how reports are grouped.
@@ -383,7 +420,7 @@ proptest! {
 async fn a_group_of_reports_comes_to_the_same_as_one_after_the_other() {
     let mut ends = Vec::new();
     for grouped in [false, true] {
-        let mut bench = Bench::sqlite().await;
+        let mut bench = Bench::new().await;
         bench.add_all(&DEVICES).await;
         let (release, rollout) = bench.roll_out("1.1.0").await;
         for name in DEVICES {

@@ -4,10 +4,23 @@ use std::time::Duration;
 
 use super::*;
 use crate::db::testing::{
-    Bench, accepted, downloading, facts, file_ack, id, reached, report, running, sink,
+    Bench, accepted, downloading, facts, file_ack, id, on_postgres_too, reached, report, running,
+    sink,
 };
 use crate::desired;
 use crate::rollout::RolloutState;
+
+on_postgres_too!(
+    an_update_is_told_of_once_it_counts_and_only_once,
+    an_update_is_followed_from_notice_to_success,
+    nothing_is_acknowledged_before_its_commit_and_everything_is_after,
+    duplicates_late_foreign_and_invented_reports_are_acknowledged_and_change_nothing,
+    what_a_device_claims_of_its_bytes_stays_within_the_image,
+    the_acknowledgement_of_a_finished_download_tells_of_a_newer_generation,
+    what_is_queued_when_the_server_stops_is_committed,
+    one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_acknowledged,
+    ten_thousand_reports_take_few_commits,
+);
 
 /// Waits until the stream's acknowledgement covers `seq`; fails when that never comes.
 async fn acked(ack: &AckSink, seq: u64) -> Acked {
@@ -29,7 +42,7 @@ fn start_with(bench: &Bench, sessions: Sessions) -> (Ingest, CancellationToken) 
 
 #[tokio::test]
 async fn an_update_is_told_of_once_it_counts_and_only_once() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "listener"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -80,7 +93,7 @@ async fn an_update_is_told_of_once_it_counts_and_only_once() {
 
 #[tokio::test]
 async fn an_update_is_followed_from_notice_to_success() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -150,7 +163,7 @@ async fn an_update_is_followed_from_notice_to_success() {
 
 #[tokio::test]
 async fn nothing_is_acknowledged_before_its_commit_and_everything_is_after() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -176,7 +189,7 @@ async fn nothing_is_acknowledged_before_its_commit_and_everything_is_after() {
 
 #[tokio::test]
 async fn duplicates_late_foreign_and_invented_reports_are_acknowledged_and_change_nothing() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -271,7 +284,7 @@ async fn duplicates_late_foreign_and_invented_reports_are_acknowledged_and_chang
 
 #[tokio::test]
 async fn what_a_device_claims_of_its_bytes_stays_within_the_image() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -301,7 +314,7 @@ async fn what_a_device_claims_of_its_bytes_stays_within_the_image() {
 
 #[tokio::test]
 async fn the_acknowledgement_of_a_finished_download_tells_of_a_newer_generation() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -333,7 +346,7 @@ async fn the_acknowledgement_of_a_finished_download_tells_of_a_newer_generation(
 
 #[tokio::test]
 async fn what_is_queued_when_the_server_stops_is_committed() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -351,7 +364,7 @@ async fn what_is_queued_when_the_server_stops_is_committed() {
 
 #[tokio::test]
 async fn one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_acknowledged() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b", "c"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
@@ -361,8 +374,12 @@ async fn one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_ackn
             .unwrap();
     }
     let mut tx = bench.db.begin().await.unwrap();
-    let trap = "CREATE TRIGGER trap BEFORE UPDATE ON rollout_devices WHEN NEW.device_id = 'b' AND NEW.phase = 3 \
-        BEGIN SELECT RAISE(ABORT, 'trapped'); END";
+    let trap = if bench.is_postgres() {
+        "ALTER TABLE rollout_devices ADD CONSTRAINT trap CHECK (device_id <> 'b' OR phase <> 3)"
+    } else {
+        "CREATE TRIGGER trap BEFORE UPDATE ON rollout_devices WHEN NEW.device_id = 'b' AND NEW.phase = 3 \
+        BEGIN SELECT RAISE(ABORT, 'trapped'); END"
+    };
     tx.script("set a trap", trap).await.unwrap();
     tx.commit().await.unwrap();
     let acks = [sink(), sink(), sink()];
@@ -380,9 +397,12 @@ async fn one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_ackn
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let mut tx = bench.db.begin().await.unwrap();
-    tx.script("take the trap away", "DROP TRIGGER trap")
-        .await
-        .unwrap();
+    let away = if bench.is_postgres() {
+        "ALTER TABLE rollout_devices DROP CONSTRAINT trap"
+    } else {
+        "DROP TRIGGER trap"
+    };
+    tx.script("take the trap away", away).await.unwrap();
     tx.commit().await.unwrap();
     ingest
         .submit(report("b", 1, 1, accepted()), &acks[1])
@@ -395,7 +415,7 @@ async fn one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_ackn
 
 #[tokio::test]
 async fn ten_thousand_reports_take_few_commits() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     let names: Vec<String> = (0..10_000).map(|n| format!("dev-{n:05}")).collect();
     insert_devices(&bench, &names).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;

@@ -258,6 +258,9 @@ impl AdminService for Admin {
 
     async fn backup(&self, request: Request<v1::BackupRequest>) -> Answer<Self::BackupStream> {
         let (operator, _) = self.enter("Backup", request)?;
+        self.db
+            .can_be_copied()
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
         let only = self.backups.clone().try_acquire_owned();
         let only = only.map_err(|_| Status::resource_exhausted("another backup is under way"))?;
         self.db

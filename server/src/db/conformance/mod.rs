@@ -4,7 +4,10 @@
 macro_rules! on_each_engine {
     ($($name:ident),* $(,)?) => {
         mod sqlite {
-            $(#[tokio::test] async fn $name() { super::$name(super::Bench::sqlite().await).await; })*
+            $(#[tokio::test] pub(super) async fn $name() { super::$name(super::Bench::new().await).await; })*
+        }
+        mod postgres {
+            $(#[test] fn $name() { crate::db::testing::on_postgres(super::sqlite::$name); })*
         }
     };
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fwpush_keys::time::Timestamp;
 
 use crate::db::{
-    Db, LeaseHolder,
+    LeaseHolder,
     engine::params,
     forget_lease, hold_lease,
     testing::{Bench, device, id},
@@ -15,7 +15,6 @@ on_each_engine!(
     a_dropped_transaction_changes_nothing,
     time_never_runs_backwards_over_a_restart,
     a_lease_has_one_holder_and_a_token_for_each_change,
-    a_copy_made_while_writing_opens_and_holds_everything,
     writers_wait_for_each_other_and_readers_for_nobody,
 );
 
@@ -71,36 +70,6 @@ async fn a_lease_has_one_holder_and_a_token_for_each_change(bench: Bench) {
     forget_lease(&mut tx, "r").await.unwrap();
     tx.commit().await.unwrap();
     assert_eq!(hold(&one).await, Some(1));
-}
-
-async fn a_copy_made_while_writing_opens_and_holds_everything(bench: Bench) {
-    bench.add_all(&["a", "b"]).await;
-    let copy = bench.dir.path().join("copy.db");
-    let mut tx = bench.db.begin().await.unwrap();
-    tx.execute(
-        "delete",
-        "DELETE FROM devices WHERE device_id = 'a'",
-        params![],
-    )
-    .await
-    .unwrap();
-    bench.db.vacuum_into(&copy).await.unwrap();
-    tx.commit().await.unwrap();
-    let copy = Db::open("sqlite:copy.db", bench.dir.path()).await.unwrap();
-    assert_eq!(
-        copy.count_devices(None).await.unwrap(),
-        2,
-        "what was not committed is not in it"
-    );
-    assert_eq!(bench.db.count_devices(None).await.unwrap(), 1);
-    assert!(
-        bench
-            .db
-            .vacuum_into(&bench.dir.path().join("copy.db"))
-            .await
-            .is_err(),
-        "an existing file stays"
-    );
 }
 
 async fn writers_wait_for_each_other_and_readers_for_nobody(bench: Bench) {

@@ -3,109 +3,80 @@
 //! A closed enum over the concrete backends of sqlx (its `Any` has too few types). Everything above speaks one SQL text with
 //! `$1` placeholders; a statement about many rows reads them from `{rows}`, which each engine spells in its own way.
 //!
-//! SQLite: one writer connection, so writers queue here and never meet `SQLITE_BUSY` among themselves, and a few readers, which
-//! in WAL mode neither wait for the writer nor hold it up.
+//! Both have one writer at a time, so that a transaction sees nothing change under it (docs/decisions/0005-one-writer.md), and
+//! readers that neither wait for it nor hold it up.
 
 #[cfg(test)]
 pub(crate) mod plans;
+mod postgres;
 mod row;
+mod sqlite;
 mod tx;
 mod value;
 
 use std::path::Path;
 
-use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, SqlSafeStr, Sqlite, SqlitePool,
-    sqlite::{
-        SqliteArguments, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow,
-        SqliteSynchronous,
-    },
-};
-
+pub(crate) use postgres::PostgresEngine;
 pub(crate) use row::Row;
+pub(crate) use sqlite::SqliteEngine;
 pub(crate) use tx::Tx;
 pub(crate) use value::{Column, Param, Rows, params};
 
-use super::{DbError, clock::Clock};
-use crate::limits;
+use super::{DbError, clock::Clock, place::Place};
 
 #[derive(Clone, Debug)]
 pub(crate) enum Engine {
-    Sqlite {
-        writer: SqlitePool,
-        readers: SqlitePool,
-    },
+    Sqlite(SqliteEngine),
+    Postgres(PostgresEngine),
 }
 
 impl Engine {
-    /// Opens, and creates where missing, the database that `url` names; a relative path is relative to `dir`.
-    pub(crate) async fn open(url: &str, dir: &Path) -> Result<Self, DbError> {
-        const OPEN: &str = "open the database";
-        let refuse = |problem| DbError::Url {
-            url: url.to_owned(),
-            problem,
-        };
-        let Some(path) = url.strip_prefix("sqlite:") else {
-            return Err(refuse(
-                "wanted sqlite:PATH; other databases are not supported yet",
-            ));
-        };
-        let path = path.strip_prefix("//").unwrap_or(path);
-        if path.is_empty() || path.starts_with(':') || path.contains(['?', '#']) {
-            return Err(refuse(
-                "wanted sqlite: and the path of a file, without options",
-            ));
+    /// Opens the database; a file is created where it is missing.
+    pub(crate) async fn open(place: &Place) -> Result<Self, DbError> {
+        match place {
+            Place::Sqlite(path) => SqliteEngine::open(path).await.map(Self::Sqlite),
+            Place::Postgres(place) => PostgresEngine::open(place).await.map(Self::Postgres),
         }
-        let path = dir.join(path);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent)
-                .map_err(|error| DbError::of(OPEN, sqlx::Error::Io(error)))?;
-        }
-        let options = SqliteConnectOptions::new()
-            .filename(&path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            // An acknowledgement follows a commit that is on the disk: WAL with FULL syncs the log at each commit.
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(limits::DB_BUSY)
-            .pragma("cache_size", format!("-{}", limits::DB_CACHE_KIB))
-            .pragma("journal_size_limit", limits::DB_WAL_BYTES.to_string())
-            .pragma("temp_store", "MEMORY")
-            .disable_statement_logging();
-        // The writer first: it creates the file and turns WAL on.
-        let writer = pool(1)
-            .connect_with(options.clone())
-            .await
-            .map_err(|error| DbError::of(OPEN, error))?;
-        let readers = pool(limits::DB_READERS)
-            .connect_with(options.create_if_missing(false).pragma("query_only", "ON"))
-            .await
-            .map_err(|error| DbError::of(OPEN, error))?;
-        Ok(Self::Sqlite { writer, readers })
     }
 
-    /// Waits for running statements and closes the files.
+    /// A clock of the database's time.
+    pub(crate) async fn clock(&self) -> Result<Clock, DbError> {
+        match self {
+            Self::Sqlite(_) => {
+                let sql = "SELECT value FROM meta WHERE name = 'clock_ms'";
+                let stored = self.rows("read the clock", sql, vec![]).await?;
+                let stored = stored.first().map(|row| row.time("value")).transpose()?;
+                Ok(Clock::machine(stored.unwrap_or_default()))
+            }
+            Self::Postgres(engine) => engine.clock().await,
+        }
+    }
+
+    /// Waits for running statements and closes files and connections.
     pub(crate) async fn close(&self) {
         match self {
-            Self::Sqlite { writer, readers } => {
-                readers.close().await;
-                writer.close().await;
-            }
+            Self::Sqlite(engine) => engine.close().await,
+            Self::Postgres(engine) => engine.close().await,
         }
     }
 
     /// Begins a write transaction once all writers before it are done. Dropped without commit, it changes nothing.
     pub(crate) async fn begin(&self, clock: &Clock) -> Result<Tx, DbError> {
-        const BEGIN: &str = "begin a transaction";
         match self {
-            Self::Sqlite { writer, .. } => {
-                let tx = writer
-                    .begin_with("BEGIN IMMEDIATE")
-                    .await
-                    .map_err(|error| DbError::of(BEGIN, error))?;
-                Ok(Tx::sqlite(tx, clock.now()))
+            Self::Sqlite(engine) => Ok(Tx::sqlite(engine.begin().await?, clock.now())),
+            Self::Postgres(engine) => {
+                let tx = engine.begin(clock).await?;
+                Ok(Tx::postgres(tx, clock.now()))
             }
+        }
+    }
+
+    /// The same for changes of the schema, which take their time, on a database that may have none yet.
+    pub(crate) async fn begin_schema(&self) -> Result<Tx, DbError> {
+        let clock = Clock::machine(fwpush_keys::time::Timestamp::EPOCH);
+        match self {
+            Self::Sqlite(_) => self.begin(&clock).await,
+            Self::Postgres(engine) => Ok(Tx::postgres(engine.begin_schema().await?, clock.now())),
         }
     }
 
@@ -116,13 +87,7 @@ impl Engine {
         sql: &'static str,
         params: Vec<Param>,
     ) -> Result<Vec<Row>, DbError> {
-        match self {
-            Self::Sqlite { readers, .. } => {
-                let rows = query(sql, params).fetch_all(readers).await;
-                rows.map(sqlite_rows)
-                    .map_err(|error| DbError::of(what, error))
-            }
-        }
+        self.rows_sql(what, sql.to_owned(), params).await
     }
 
     /// [`Self::rows`] with `{rows}` of `sql` standing for `rows`; further parameters begin at `$2`.
@@ -131,86 +96,47 @@ impl Engine {
         what: &'static str,
         sql: &'static str,
         rows: Rows,
-        mut params: Vec<Param>,
+        params: Vec<Param>,
     ) -> Result<Vec<Row>, DbError> {
+        let (sql, params) = match self {
+            Self::Sqlite(_) => rows.sqlite(sql, params),
+            Self::Postgres(_) => rows.postgres(sql, params),
+        };
+        self.rows_sql(what, sql, params).await
+    }
+
+    pub(in crate::db) async fn rows_sql(
+        &self,
+        what: &'static str,
+        sql: String,
+        params: Vec<Param>,
+    ) -> Result<Vec<Row>, DbError> {
+        #[cfg(test)]
+        plans::record(&sql, &params);
         match self {
-            Self::Sqlite { readers, .. } => {
-                // Made of literals of this crate only.
-                let sql = AssertSqlSafe(rows.sqlite(sql));
-                params.insert(0, Param::Text(Some(rows.json())));
-                let rows = query(sql, params).fetch_all(readers).await;
-                rows.map(sqlite_rows)
-                    .map_err(|error| DbError::of(what, error))
-            }
+            Self::Sqlite(engine) => engine.rows(what, sql, params).await,
+            Self::Postgres(engine) => engine.rows(what, sql, params).await,
+        }
+    }
+
+    /// Whether [`Self::copy_into`] works: PostgreSQL has tools of its own for that.
+    pub(crate) fn can_be_copied(&self) -> Result<(), DbError> {
+        const PROBLEM: &str = "the database is PostgreSQL's: back it up with pg_dump, and the directory of [files] after it";
+        match self {
+            Self::Sqlite(_) => Ok(()),
+            Self::Postgres(_) => Err(DbError::Unfit {
+                problem: PROBLEM.to_owned(),
+            }),
         }
     }
 
     /// Writes a consistent copy, while everything goes on, into `path`, which must not exist.
     pub(crate) async fn copy_into(&self, path: &Path) -> Result<(), DbError> {
-        const COPY: &str = "copy the database";
         match self {
-            Self::Sqlite { writer, .. } => {
-                // A connection of its own: the copy reads one snapshot and holds no writer up.
-                let options = (*writer.connect_options()).clone().create_if_missing(false);
-                let mut connection = options
-                    .connect()
-                    .await
-                    .map_err(|error| DbError::of(COPY, error))?;
-                let path = path
-                    .to_str()
-                    .ok_or_else(|| DbError::value("path", "a backup path must be UTF-8"))?;
-                let copied = sqlx::query("VACUUM INTO $1")
-                    .bind(path)
-                    .execute(&mut connection)
-                    .await;
-                copied.map_err(|error| DbError::of(COPY, error))?;
-                connection
-                    .close()
-                    .await
-                    .map_err(|error| DbError::of(COPY, error))
-            }
+            Self::Sqlite(engine) => engine.copy_into(path).await,
+            Self::Postgres(_) => self.can_be_copied(),
         }
     }
-}
-
-fn pool(connections: u32) -> SqlitePoolOptions {
-    SqlitePoolOptions::new()
-        .min_connections(connections)
-        .max_connections(connections)
-        .acquire_timeout(limits::DB_ACQUIRE)
-        .test_before_acquire(false)
-        .idle_timeout(None)
-        .max_lifetime(None)
-}
-
-fn bind(params: Vec<Param>) -> SqliteArguments {
-    use sqlx::Arguments as _;
-    let mut arguments = SqliteArguments::default();
-    for param in params {
-        let added = match param {
-            Param::I64(value) => arguments.add(value),
-            Param::Text(value) => arguments.add(value),
-            Param::Bytes(value) => arguments.add(value),
-        };
-        debug_assert!(
-            added.is_ok(),
-            "integers, texts and bytes are always encodable"
-        );
-    }
-    arguments
-}
-
-type SqliteQuery = sqlx::query::Query<'static, Sqlite, SqliteArguments>;
-
-fn query(sql: impl SqlSafeStr, params: Vec<Param>) -> SqliteQuery {
-    let sql = sql.into_sql_str();
-    #[cfg(test)]
-    plans::record(sql.as_str(), &params);
-    sqlx::query_with(sql, bind(params))
-}
-
-fn sqlite_rows(rows: Vec<SqliteRow>) -> Vec<Row> {
-    rows.into_iter().map(Row::Sqlite).collect()
 }
 
 /// Where a query runs that is wanted both outside and inside of a transaction.

@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, future::Future};
 
-use super::{Engine, Param, bind};
+use super::{Param, SqliteEngine, sqlite::bind};
 
 tokio::task_local! {
     static RECORD: RefCell<Vec<(String, Vec<Param>)>>;
@@ -28,8 +28,11 @@ async fn recorded(work: impl Future<Output = ()>) -> Vec<(String, Vec<Param>)> {
 }
 
 /// Runs `work` and gives the plan of each statement that it ran: SQLite's lines, each with its statement.
-pub(crate) async fn of(engine: &Engine, work: impl Future<Output = ()>) -> Vec<(String, String)> {
-    let Engine::Sqlite { readers, .. } = engine;
+pub(crate) async fn of(
+    engine: &SqliteEngine,
+    work: impl Future<Output = ()>,
+) -> Vec<(String, String)> {
+    let readers = &engine.readers;
     let mut lines = Vec::new();
     for (sql, params) in recorded(work).await {
         let explain = sqlx::AssertSqlSafe(format!("EXPLAIN QUERY PLAN {sql}"));

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use fwpush_keys::time::Timestamp;
-use sqlx::{Row as _, Sqlite, sqlite::SqliteRow};
+use sqlx::{Decode, Postgres, Row as _, Sqlite, Type, postgres::PgRow, sqlite::SqliteRow};
 
 use crate::db::DbError;
 
@@ -11,18 +11,31 @@ use crate::db::DbError;
 #[derive(Debug)]
 pub(crate) enum Row {
     Sqlite(SqliteRow),
+    Postgres(PgRow),
 }
 
 impl Row {
     fn get<'r, T>(&'r self, column: &'static str) -> Result<T, DbError>
     where
-        T: sqlx::Decode<'r, Sqlite> + sqlx::Type<Sqlite>,
+        T: Decode<'r, Sqlite> + Type<Sqlite> + Decode<'r, Postgres> + Type<Postgres>,
     {
         match self {
-            Self::Sqlite(row) => row
-                .try_get(column)
-                .map_err(|error| DbError::value(column, error)),
+            Self::Sqlite(row) => row.try_get(column),
+            Self::Postgres(row) => row.try_get(column),
         }
+        .map_err(|error| DbError::value(column, error))
+    }
+
+    /// The column at a place, for statements that are made at run time.
+    pub(crate) fn at<'r, T>(&'r self, column: usize) -> Result<T, DbError>
+    where
+        T: Decode<'r, Sqlite> + Type<Sqlite> + Decode<'r, Postgres> + Type<Postgres>,
+    {
+        match self {
+            Self::Sqlite(row) => row.try_get(column),
+            Self::Postgres(row) => row.try_get(column),
+        }
+        .map_err(|error| DbError::value("column", error))
     }
 
     pub(crate) fn i64(&self, column: &'static str) -> Result<i64, DbError> {

@@ -8,6 +8,10 @@ pub(crate) enum Param {
     I64(Option<i64>),
     Text(Option<String>),
     Bytes(Option<Vec<u8>>),
+    /// A column of rows, for engines that have arrays.
+    I64s(Vec<Option<i64>>),
+    Texts(Vec<Option<String>>),
+    Blobs(Vec<Option<Vec<u8>>>),
 }
 
 /// `params![a, b]`: the values of `$1`, `$2`, ...
@@ -114,8 +118,20 @@ impl Rows {
 
     /// Adds a row: a JSON array with a value for each column.
     pub(crate) fn push(&mut self, row: serde_json::Value) {
-        debug_assert_eq!(row.as_array().map(Vec::len), Some(self.columns.len()));
+        debug_assert!(self.fits(&row), "{row} for {:?}", self.columns);
         self.values.push(row);
+    }
+
+    /// Each value is of its column's type, or null.
+    fn fits(&self, row: &serde_json::Value) -> bool {
+        let Some(values) = row.as_array() else {
+            return false;
+        };
+        let fits = |(value, column): (&serde_json::Value, &Column)| match column {
+            Column::Int(_) => value.is_i64() || value.is_null(),
+            Column::Text(_) => value.is_string() || value.is_null(),
+        };
+        values.len() == self.columns.len() && values.iter().zip(self.columns).all(fits)
     }
 
     /// Rows of one text column.
@@ -139,21 +155,55 @@ impl Rows {
         self.values.len()
     }
 
-    /// `sql` with `{rows}` replaced by a table expression over `$1`.
-    pub(super) fn sqlite(&self, sql: &str) -> String {
+    /// `sql` with `{rows}` replaced by a table expression over `$1`, and its parameters, of which `rest` are the further ones.
+    pub(super) fn sqlite(self, sql: &str, mut rest: Vec<Param>) -> (String, Vec<Param>) {
         let columns: Vec<String> = self
             .columns
             .iter()
             .enumerate()
             .map(|(i, column)| format!("value ->> {i} AS {}", column.name()))
             .collect();
-        sql.replace(
-            "{rows}",
-            &format!("(SELECT {} FROM json_each($1))", columns.join(", ")),
-        )
+        let table = format!("(SELECT {} FROM json_each($1))", columns.join(", "));
+        rest.insert(
+            0,
+            Param::Text(Some(serde_json::Value::Array(self.values).to_string())),
+        );
+        (sql.replace("{rows}", &table), rest)
     }
 
-    pub(super) fn json(self) -> String {
-        serde_json::Value::Array(self.values).to_string()
+    /// The same with one array a column: the first is `$1`, the others follow the further parameters.
+    pub(super) fn postgres(self, sql: &str, rest: Vec<Param>) -> (String, Vec<Param>) {
+        let (mut arrays, mut names) = (Vec::new(), Vec::new());
+        for (i, column) in self.columns.iter().enumerate() {
+            let place = if i == 0 { 1 } else { rest.len() + 1 + i };
+            let kind = match column {
+                Column::Int(_) => "bigint",
+                Column::Text(_) => "text",
+            };
+            arrays.push(format!("${place}::{kind}[]"));
+            names.push(column.name());
+        }
+        let table = format!(
+            "(SELECT * FROM unnest({}) AS u ({}))",
+            arrays.join(", "),
+            names.join(", ")
+        );
+        let mut columns = self.columns.iter().enumerate().map(|(i, column)| {
+            let values = self.values.iter().map(|row| row.get(i));
+            match column {
+                Column::Int(_) => {
+                    Param::I64s(values.map(|value| value?.as_i64()).collect::<Vec<_>>())
+                }
+                Column::Text(_) => Param::Texts(
+                    values
+                        .map(|value| value?.as_str().map(str::to_owned))
+                        .collect(),
+                ),
+            }
+        });
+        let mut params: Vec<Param> = columns.next().into_iter().collect();
+        params.extend(rest);
+        params.extend(columns);
+        (sql.replace("{rows}", &table), params)
     }
 }

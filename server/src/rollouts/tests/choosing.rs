@@ -6,9 +6,21 @@ use super::super::*;
 use crate::{db::testing::*, desired::DesiredAction, rollout::Phase};
 use Phase::{Cancelled, Pending, Succeeded};
 
+on_postgres_too!(
+    starting_twice_is_starting_once,
+    an_unknown_a_revoked_and_an_expired_release_and_an_odd_target_start_nothing,
+    a_preview_names_who_is_left_out_and_why_and_the_rollout_agrees,
+    devices_added_later_join_an_open_rollout_to_all_and_no_other,
+    a_device_that_was_blocked_or_unfit_joins_when_it_registers_fit,
+    a_bridging_release_leads_to_the_one_that_needs_it,
+    a_device_that_turns_out_to_run_something_newer_is_left_alone,
+    a_removed_device_leaves_its_rollout_and_a_new_record_of_its_id_starts_anew,
+    a_start_cut_short_by_a_crash_goes_on_after_the_restart,
+);
+
 #[tokio::test]
 async fn starting_twice_is_starting_once() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let release = bench.publish("1.1.0").await;
     let new = StartRollout {
@@ -56,7 +68,7 @@ async fn starting_twice_is_starting_once() {
 
 #[tokio::test]
 async fn an_unknown_a_revoked_and_an_expired_release_and_an_odd_target_start_nothing() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let unknown = release(
         "9.9.9",
@@ -103,7 +115,7 @@ async fn an_unknown_a_revoked_and_an_expired_release_and_an_odd_target_start_not
 
 #[tokio::test]
 async fn a_preview_names_who_is_left_out_and_why_and_the_rollout_agrees() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     let release = bench
         .publish_with("2.0.0", |row| {
             row.security_counter = 5;
@@ -207,7 +219,7 @@ async fn a_preview_names_who_is_left_out_and_why_and_the_rollout_agrees() {
 
 #[tokio::test]
 async fn devices_added_later_join_an_open_rollout_to_all_and_no_other() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.update("a", &release).await;
@@ -231,7 +243,7 @@ async fn devices_added_later_join_an_open_rollout_to_all_and_no_other() {
 
 #[tokio::test]
 async fn a_device_that_was_blocked_or_unfit_joins_when_it_registers_fit() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     bench
         .db
@@ -260,7 +272,7 @@ async fn a_device_that_was_blocked_or_unfit_joins_when_it_registers_fit() {
 
 #[tokio::test]
 async fn a_bridging_release_leads_to_the_one_that_needs_it() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     let bridge = bench.publish("1.5.0").await;
     let first = bench.start(&bridge, Target::All).await;
     let goal = bench
@@ -296,7 +308,7 @@ async fn a_bridging_release_leads_to_the_one_that_needs_it() {
 
 #[tokio::test]
 async fn a_device_that_turns_out_to_run_something_newer_is_left_alone() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let desired = bench.register("a", facts("1.2.0")).await;
@@ -326,7 +338,7 @@ async fn a_device_that_turns_out_to_run_something_newer_is_left_alone() {
 
 #[tokio::test]
 async fn a_removed_device_leaves_its_rollout_and_a_new_record_of_its_id_starts_anew() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -345,7 +357,7 @@ async fn a_removed_device_leaves_its_rollout_and_a_new_record_of_its_id_starts_a
 
 #[tokio::test]
 async fn a_start_cut_short_by_a_crash_goes_on_after_the_restart() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     for n in 0..limits::PAGE_MAX + 5 {
         bench.add(&format!("dev-{n:04}")).await;
     }

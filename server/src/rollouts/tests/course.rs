@@ -14,9 +14,22 @@ use Phase::{
     RolledBack, Succeeded, TimedOut, Verified,
 };
 
+on_postgres_too!(
+    a_device_that_was_away_gets_it_on_connecting_and_the_rollout_completes_again,
+    silence_is_told_again_before_the_answer_and_fails_after_it,
+    a_claim_that_differs_means_hold_and_one_event_until_it_agrees_again,
+    a_generation_above_ours_lifts_ours_so_that_the_update_is_news,
+    a_device_that_lost_its_state_is_told_again_a_bounded_number_of_times,
+    a_bad_image_is_tried_once_whatever_reconnects,
+    a_blocked_devices_pending_update_waits_and_a_started_one_runs_into_its_deadline,
+    a_rejection_keeps_its_reason_and_a_deferral_too,
+    a_device_that_puts_off_what_it_has_begun_stays_in_its_phase_and_shows_why_and_until_when,
+    a_generation_beyond_any_backup_lifts_nothing_and_is_noted_once,
+);
+
 #[tokio::test]
 async fn a_device_that_was_away_gets_it_on_connecting_and_the_rollout_completes_again() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.update("a", &release).await;
@@ -45,7 +58,7 @@ async fn a_device_that_was_away_gets_it_on_connecting_and_the_rollout_completes_
 
 #[tokio::test]
 async fn silence_is_told_again_before_the_answer_and_fails_after_it() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench
         .add_all(&["silent", "stuck", "slow", "deferring"])
         .await;
@@ -105,7 +118,7 @@ async fn silence_is_told_again_before_the_answer_and_fails_after_it() {
 
 #[tokio::test]
 async fn a_claim_that_differs_means_hold_and_one_event_until_it_agrees_again() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let lie = |change: fn(&mut crate::desired::Facts)| {
@@ -152,7 +165,7 @@ async fn a_claim_that_differs_means_hold_and_one_event_until_it_agrees_again() {
 
 #[tokio::test]
 async fn a_generation_above_ours_lifts_ours_so_that_the_update_is_news() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -181,7 +194,7 @@ async fn a_generation_above_ours_lifts_ours_so_that_the_update_is_news() {
 
 #[tokio::test]
 async fn a_device_that_lost_its_state_is_told_again_a_bounded_number_of_times() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     for attempt in 1..=limits::ATTEMPTS {
@@ -219,7 +232,7 @@ async fn a_device_that_lost_its_state_is_told_again_a_bounded_number_of_times() 
 
 #[tokio::test]
 async fn a_bad_image_is_tried_once_whatever_reconnects() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -248,7 +261,7 @@ async fn a_bad_image_is_tried_once_whatever_reconnects() {
 
 #[tokio::test]
 async fn a_blocked_devices_pending_update_waits_and_a_started_one_runs_into_its_deadline() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     bench.register("b", facts("1.0.0")).await;
@@ -267,7 +280,7 @@ async fn a_blocked_devices_pending_update_waits_and_a_started_one_runs_into_its_
 
 #[tokio::test]
 async fn a_rejection_keeps_its_reason_and_a_deferral_too() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     for name in ["a", "b"] {
@@ -321,7 +334,7 @@ async fn a_device_that_puts_off_what_it_has_begun_stays_in_its_phase_and_shows_w
         (Installing, false),
         (Verified, true),
     ] {
-        let mut bench = Bench::sqlite().await;
+        let mut bench = Bench::new().await;
         bench.add_all(&["a"]).await;
         let (release, rollout) = bench.roll_out("1.1.0").await;
         bench.register("a", facts("1.0.0")).await;
@@ -365,7 +378,7 @@ async fn a_device_that_puts_off_what_it_has_begun_stays_in_its_phase_and_shows_w
 
 #[tokio::test]
 async fn a_generation_beyond_any_backup_lifts_nothing_and_is_noted_once() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     bench.roll_out("1.1.0").await;
     let mut lies = facts("1.0.0");

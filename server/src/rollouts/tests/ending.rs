@@ -6,9 +6,18 @@ use super::super::*;
 use crate::{db::testing::*, desired::DesiredAction, rollout::Phase};
 use Phase::{Cancelled, Pending, Rebooting, RolledBack, Succeeded, Verified};
 
+on_postgres_too!(
+    a_newer_rollout_takes_over_who_has_not_verified_and_waits_for_who_has,
+    a_rollout_whose_last_devices_were_taken_over_is_superseded_and_cannot_be_aborted,
+    a_queue_follows_the_newest_rollout_and_an_abort_empties_it,
+    an_abort_takes_back_who_cannot_be_on_trial_and_asks_the_others,
+    a_revoked_or_expired_release_ends_its_rollout,
+    a_queued_device_that_begins_anew_begins_with_the_newer_rollout,
+);
+
 #[tokio::test]
 async fn a_newer_rollout_takes_over_who_has_not_verified_and_waits_for_who_has() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench
         .add_all(&["pending", "loading", "verified", "done"])
         .await;
@@ -73,7 +82,7 @@ async fn a_newer_rollout_takes_over_who_has_not_verified_and_waits_for_who_has()
 
 #[tokio::test]
 async fn a_rollout_whose_last_devices_were_taken_over_is_superseded_and_cannot_be_aborted() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (_, first) = bench.roll_out("1.1.0").await;
     let (_, second) = bench.roll_out("1.2.0").await;
@@ -93,7 +102,7 @@ async fn a_rollout_whose_last_devices_were_taken_over_is_superseded_and_cannot_b
 
 #[tokio::test]
 async fn a_queue_follows_the_newest_rollout_and_an_abort_empties_it() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (old, first) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -118,7 +127,7 @@ async fn a_queue_follows_the_newest_rollout_and_an_abort_empties_it() {
 
 #[tokio::test]
 async fn an_abort_takes_back_who_cannot_be_on_trial_and_asks_the_others() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench
         .add_all(&["pending", "loading", "verified", "rebooting"])
         .await;
@@ -162,7 +171,7 @@ async fn an_abort_takes_back_who_cannot_be_on_trial_and_asks_the_others() {
 
 #[tokio::test]
 async fn a_revoked_or_expired_release_ends_its_rollout() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
@@ -199,7 +208,7 @@ async fn a_revoked_or_expired_release_ends_its_rollout() {
 
 #[tokio::test]
 async fn a_queued_device_that_begins_anew_begins_with_the_newer_rollout() {
-    let mut bench = Bench::sqlite().await;
+    let mut bench = Bench::new().await;
     bench.add("a").await;
     let (old, first) = bench.roll_out("1.1.0").await;
     bench.register("a", facts("1.0.0")).await;
