@@ -564,4 +564,27 @@ mod tests {
         let failure = restore(&config, &archive, false).await.unwrap_err();
         assert!(failure.to_string().contains("first root"), "{failure}");
     }
+    #[tokio::test]
+    async fn a_server_on_postgresql_is_told_which_tools_restore_it() {
+        let (_home, config) = installation();
+        let (_dir, archive) = backup(&config, |_| {}).await;
+        let text = fs::read_to_string(&config.path).unwrap();
+        let other = "url = \"postgres://fwpush@db.example/fwpush\"";
+        let text = text.replacen("url = \"sqlite:data/fwpush.db\"", other, 1);
+        fs::write(&config.path, text).unwrap();
+        let config = Config::load(&config.path).unwrap();
+        let failure = restore(&config, &archive, true).await.unwrap_err();
+        assert_eq!(failure.exit(), crate::failure::Exit::Usage);
+        let mut words = Vec::new();
+        failure.report(&mut words).unwrap();
+        let words = String::from_utf8(words).unwrap();
+        assert!(
+            words.contains("postgres://fwpush@db.example:5432/fwpush"),
+            "{words}"
+        );
+        assert!(
+            words.contains("pg_restore") && words.contains("fwpush db migrate"),
+            "{words}"
+        );
+    }
 }

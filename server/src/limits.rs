@@ -305,8 +305,10 @@ pub const DRIVER_STEPS: usize = 16;
 /// Rollouts read in one page by the driver.
 pub const ROLLOUTS_PER_PAGE: u32 = 100;
 
-/// A node that drives a rollout and dies is replaced after this; every step prolongs it.
-pub const LEASE_LIFE: Duration = Duration::from_secs(10);
+/// A node that drives a rollout holds it for this long after each step. Nodes that share a database look for work of others every
+/// [`TAKEOVER_TICK`]: one that dies is replaced within 5 s + 4 s.
+pub const LEASE_LIFE: Duration = Duration::from_secs(5);
+pub const TAKEOVER_TICK: Duration = Duration::from_secs(4);
 
 /// Rows read in one page while catching up with what devices should do, and devices whose state is computed at once.
 pub const FOLLOW_ROWS: usize = 5_000;

@@ -240,7 +240,7 @@ impl Server {
         ));
         health.set_ready(true);
         tracing::info!(
-            devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id,
+            devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id, database = %config.place()?,
             "The server accepts connections."
         );
         Ok(Running {

@@ -96,7 +96,7 @@ async fn a_rollout_outlives_crashes_of_postgresql_with_nothing_lost() {
     let unexpected = outcomes.unexpected;
     assert_eq!(
         (outcomes.as_expected, unexpected.len()),
-        (DEVICES, 0),
+        (DEVICES as u64, 0),
         "{unexpected:?}"
     );
     until("the rollout to be complete", || async {

@@ -92,6 +92,11 @@ impl Db {
         self.inner.nudges.changes()
     }
 
+    /// Whether other nodes may use it too.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.inner.engine, Engine::Postgres(_))
+    }
+
     /// One small read: fails when the database cannot be used.
     pub async fn check(&self) -> Result<(), DbError> {
         self.inner

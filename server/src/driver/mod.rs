@@ -77,12 +77,15 @@ pub(crate) fn planned(row: &RolloutRow, release: &ReleaseRow, now: Timestamp) ->
 }
 
 async fn drive(db: Db, holder: LeaseHolder, stop: CancellationToken) {
+    let tick = if db.is_shared() {
+        limits::TAKEOVER_TICK
+    } else {
+        limits::DRIVER_TICK
+    };
     loop {
         let sleep = match pass(&db, &holder, &stop).await {
             Ok(Pass { more: true, .. }) => Duration::ZERO,
-            Ok(Pass { wake_at, .. }) => wake_at
-                .map_or(limits::DRIVER_TICK, |at| at.since(db.now()))
-                .min(limits::DRIVER_TICK),
+            Ok(Pass { wake_at, .. }) => wake_at.map_or(tick, |at| at.since(db.now())).min(tick),
             Err(DbError::Closed) => return,
             Err(error) => {
                 tracing::warn!(

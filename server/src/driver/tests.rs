@@ -5,7 +5,7 @@ use std::{cell::RefCell, time::Duration};
 use super::{follower::Follower, *};
 use crate::{
     db::engine::plans::statements,
-    db::testing::{Bench, accepted, facts, file_ack, id, on_postgres_too, succeeded},
+    db::testing::{Bench, accepted, facts, file_ack, id, on_postgres, on_postgres_too, succeeded},
     desired::DesiredAction,
     rollout::{Phase, RolloutState},
     rollouts::{self, Target},
@@ -364,4 +364,44 @@ async fn the_running_driver_is_woken_by_changes() {
     stop.cancel();
     driver.stopped().await;
     drop(session);
+}
+
+/// No nudge goes from one node to another here: the one that lives finds the other's rollout by itself.
+#[test]
+fn a_dead_nodes_rollout_is_taken_over_long_before_the_usual_look() {
+    on_postgres(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut bench = Bench::new().await;
+            bench.add("a").await;
+            let (living, stop) = (
+                Db::open(&bench.place).await.unwrap(),
+                CancellationToken::new(),
+            );
+            let sessions = Sessions::new(living.now());
+            let node = "node-2".parse().unwrap();
+            let driver = start(living, sessions, node, stop.clone()).await.unwrap();
+            let release = bench.publish("1.1.0").await;
+            let rollout = bench.start(&release, Target::All).await;
+            let dying = LeaseHolder::new("node-1".parse().unwrap());
+            let mut tx = bench.db.begin().await.unwrap();
+            let (lease, died_at) = (format!("rollout/{rollout}"), tx.now());
+            let held = crate::db::hold_lease(&mut tx, &lease, &dying, limits::LEASE_LIFE).await;
+            tx.commit().await.unwrap();
+            if held.unwrap().is_none() {
+                // The living one was quicker than the dying one: nothing is to be taken over.
+                return;
+            }
+            while bench.generation("a").await == 0 {
+                let waited = bench.db.now().since(died_at);
+                assert!(waited < limits::DRIVER_TICK, "{waited:?}");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            stop.cancel();
+            driver.stopped().await;
+        });
+    });
 }
