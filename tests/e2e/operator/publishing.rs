@@ -184,6 +184,16 @@ async fn what_is_not_a_proper_release_is_refused_in_words_by_command_and_server(
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // Names that would do harm in a device's file system or on its terminal.
+    let long = "x".repeat(256);
+    for name in ["", ".", "..", "a/b", "a\\b", "a\nb", "\u{1b}[2J", &long] {
+        let request = PublishReleaseRequest {
+            envelope: make(&|_| ()),
+            file_name: name.into(),
+        };
+        let status = admin.publish_release(request).await.expect_err(name);
+        assert!(status.message().contains("the file name is"), "{status:?}");
+    }
     assert_eq!(shop.count(), 1, "something of it was published");
 
     // The same bytes again are no error and no second release; a proper release still goes through.
