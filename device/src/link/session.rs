@@ -395,12 +395,16 @@ impl<'a> Session<'a> {
     }
 
     fn check_silence(&self) -> Result<(), Ended> {
-        if Instant::now() < self.silent_at() {
+        let silence = self.connection.last_byte.silence();
+        let stall = self.link.settings.transfer.stall;
+        let doubted = self
+            .standing_doubt()
+            .is_some_and(|at| at.elapsed() >= stall);
+        if silence < self.silence_allowed() && !doubted {
             return Ok(());
         }
         // What still waits for this connection need not find out by itself.
         self.connection.dead.cancel();
-        let silence = self.connection.last_byte.silence();
         Err(Ended::new(format!(
             "not a byte from the server for {} s",
             silence.as_secs()
