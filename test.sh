@@ -40,6 +40,8 @@ needs=(
   "cpio cpio images of the SWUpdate example"
   "/usr/lib/$(uname -m)-linux-gnu/faketime/libfaketime.so.1 libfaketime agents whose clock is wrong or steps"
   "/usr/lib/postgresql/*/bin/initdb postgresql the server's other database"
+  "redis-server redis-server what nodes of a cluster tell one another"
+  "haproxy haproxy the front of a cluster"
 )
 missing=()
 for need in "${needs[@]}"; do
