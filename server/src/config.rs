@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::{
     db::{Options, Place, PlaceError, TlsMode},
     limits,
+    route::{self, RedisPlace},
 };
 
 /// Why a configuration cannot be used; the message names the file and what to change.
@@ -48,6 +49,8 @@ pub struct Config {
     pub database: Database,
     #[serde(default)]
     pub files: Files,
+    #[serde(default)]
+    pub cluster: Cluster,
     #[serde(default)]
     pub limits: Tunables,
     /// The file this was read from.
@@ -153,6 +156,36 @@ impl Default for Files {
     }
 }
 
+/// What the nodes of a cluster share beside the database and the images, and how they reach one another. The environment decides
+/// before the file: [`REDIS_URL`], [`REDIS_PASSWORD_FILE`], [`NODE_ID`], [`ADVERTISE_ADDR`].
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cluster {
+    /// `redis://<host>:<port>` or `rediss://<host>:<port>`, without a password. Absent: this node serves alone.
+    pub redis_url: Option<String>,
+    /// A file that holds the password of Redis.
+    pub redis_password_file: Option<PathBuf>,
+    /// Authorities by which a `rediss:` server is known, instead of the system's.
+    pub redis_ca_file: Option<PathBuf>,
+    /// This node's name, above the one at the top of the file: for a file that all nodes share.
+    pub node_id: Option<NodeId>,
+    /// `host:port` at which other nodes reach this node's listener for operators.
+    pub advertise_addr: Option<String>,
+}
+
+/// Environment variables that stand above `[cluster]`.
+pub const REDIS_URL: &str = "FWPUSH_REDIS_URL";
+pub const REDIS_PASSWORD_FILE: &str = "FWPUSH_REDIS_PASSWORD_FILE";
+pub const NODE_ID: &str = "FWPUSH_NODE_ID";
+pub const ADVERTISE_ADDR: &str = "FWPUSH_ADVERTISE_ADDR";
+
+/// How this node is one of several: [`Config::cluster`], checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Membership {
+    pub redis: RedisPlace,
+    pub advertise_addr: String,
+}
+
 /// Bounds that an installation may want to set; each default is explained in `limits.rs`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -207,13 +240,14 @@ impl Config {
             source: Box::new(source),
         })?;
         config.path = path.to_owned();
-        let env = |name| env(name).filter(|value| !value.is_empty());
+        let env = |name: &str| env(name).filter(|value| !value.is_empty());
         if let Some(url) = env(DATABASE_URL) {
             config.database.url = url;
         }
         if let Some(file) = env(DATABASE_PASSWORD_FILE) {
             config.database.password_file = Some(file.into());
         }
+        config.take_cluster(env)?;
         let base = path.parent().unwrap_or(Path::new("")).to_owned();
         let pki = &mut config.pki;
         for relative in [
@@ -229,6 +263,32 @@ impl Config {
         }
         config.check()?;
         Ok(config)
+    }
+
+    /// What the environment says of the cluster, and the name that this node goes by in the end.
+    fn take_cluster(&mut self, env: impl Fn(&str) -> Option<String>) -> Result<(), ConfigError> {
+        let cluster = &mut self.cluster;
+        if let Some(url) = env(REDIS_URL) {
+            cluster.redis_url = Some(url);
+        }
+        if let Some(file) = env(REDIS_PASSWORD_FILE) {
+            cluster.redis_password_file = Some(file.into());
+        }
+        if let Some(address) = env(ADVERTISE_ADDR) {
+            cluster.advertise_addr = Some(address);
+        }
+        let named = match env(NODE_ID) {
+            None => cluster.node_id.clone(),
+            Some(id) => Some(id.parse().map_err(|_| {
+                let problem =
+                    format!("is {id:?} by the environment's {NODE_ID}, which is not an id");
+                self.problem("cluster.node_id", problem)
+            })?),
+        };
+        if let Some(id) = named {
+            self.node_id = id;
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<(), ConfigError> {
@@ -261,11 +321,12 @@ impl Config {
         )?;
         self.files_dir()?;
         self.place()?;
-        if self
+        self.membership()?;
+        if !self
             .listen
             .advertise
             .iter()
-            .any(|name| !name.contains(':') || name.contains(char::is_whitespace))
+            .all(|name| is_host_and_port(name))
         {
             return Err(self.problem("listen.advertise", "must list `host:port` names".to_owned()));
         }
@@ -308,6 +369,66 @@ impl Config {
         Place::parse(url, &options, self.base()).map_err(wrong)
     }
 
+    /// How this node is one of several; None: it serves alone.
+    pub fn membership(&self) -> Result<Option<Membership>, ConfigError> {
+        let Cluster {
+            redis_url,
+            redis_password_file,
+            redis_ca_file,
+            advertise_addr,
+            ..
+        } = &self.cluster;
+        let Some(url) = redis_url else {
+            let alone = [
+                ("cluster.redis_password_file", redis_password_file.is_some()),
+                ("cluster.redis_ca_file", redis_ca_file.is_some()),
+                ("cluster.advertise_addr", advertise_addr.is_some()),
+            ];
+            return match alone.into_iter().find(|(_, given)| *given) {
+                None => Ok(None),
+                Some((key, _)) => Err(self.problem(
+                    key,
+                    "is for a node of a cluster: set `redis_url` too, or leave it out".to_owned(),
+                )),
+            };
+        };
+        let wrong = |route::PlaceError { key, problem }| {
+            let key = match key {
+                "redis_password_file" => "cluster.redis_password_file",
+                "redis_ca_file" => "cluster.redis_ca_file",
+                _ => "cluster.redis_url",
+            };
+            self.problem(key, problem)
+        };
+        let redis = RedisPlace::parse(
+            url,
+            redis_password_file.as_deref(),
+            redis_ca_file.as_deref(),
+            self.base(),
+        )
+        .map_err(wrong)?;
+        if let Place::Sqlite(_) = self.place()? {
+            let problem = "makes this a node of a cluster, whose nodes share one database: \
+                set `[database] url` to a `postgres:` one, or leave it out"
+                .to_owned();
+            return Err(self.problem("cluster.redis_url", problem));
+        }
+        match advertise_addr {
+            Some(address) if is_host_and_port(address) => Ok(Some(Membership {
+                redis,
+                advertise_addr: address.clone(),
+            })),
+            Some(_) => {
+                Err(self.problem("cluster.advertise_addr", "must be `host:port`".to_owned()))
+            }
+            None => Err(self.problem(
+                "cluster.advertise_addr",
+                "is missing: set the `host:port` at which other nodes reach `listen.operators` of this one"
+                    .to_owned(),
+            )),
+        }
+    }
+
     /// Directory of what belongs to this node and no other: the lock, and room for work.
     pub fn data_dir(&self) -> PathBuf {
         match self.place() {
@@ -328,6 +449,13 @@ impl Config {
             problem,
         }
     }
+}
+
+fn is_host_and_port(name: &str) -> bool {
+    let port = name
+        .rsplit_once(':')
+        .map(|(host, port)| (host, port.parse::<u16>()));
+    matches!(port, Some((host, Ok(1..))) if !host.is_empty() && !name.contains(char::is_whitespace))
 }
 
 #[cfg(test)]
@@ -364,6 +492,58 @@ mod tests {
         );
         assert!(parse(&format!("{LEAST}[files]\nurl = \"ftp://x\"\n")).is_err());
     }
+
+    #[test]
+    fn a_node_of_a_cluster_is_told_what_it_lacks() {
+        let refused = |lines: &str| parse(&format!("{LEAST}{lines}")).unwrap_err().to_string();
+        let lonely = refused("[cluster]\nadvertise_addr = \"fw-1:7444\"\n");
+        assert!(lonely.contains("set `redis_url` too"), "{lonely}");
+        let sqlite =
+            refused("[cluster]\nredis_url = \"redis://cache\"\nadvertise_addr = \"fw-1:7444\"\n");
+        assert!(sqlite.contains("`[database] url`"), "{sqlite}");
+        let postgres =
+            "[database]\nurl = \"postgres://fw@db/fw\"\n[cluster]\nredis_url = \"redis://cache\"\n";
+        let unreachable = refused(postgres);
+        assert!(
+            unreachable.contains("`cluster.advertise_addr` is missing"),
+            "{unreachable}"
+        );
+        let nowhere = refused(&format!("{postgres}advertise_addr = \"fw-1\"\n"));
+        assert!(nowhere.contains("must be `host:port`"), "{nowhere}");
+    }
+
+    #[test]
+    fn one_file_serves_all_nodes_by_the_environment() {
+        let text = format!(
+            "{LEAST}[database]\nurl = \"postgres://fw@db/fw\"\n[cluster]\nnode_id = \"n2\"\n"
+        );
+        let path = Path::new("/etc/fwpush/fwpush.toml");
+        let alone = Config::parse(&text, path, |_| None).unwrap();
+        assert_eq!(
+            (alone.node_id.as_str(), alone.membership().unwrap()),
+            ("n2", None)
+        );
+        let env = |name: &str| match name {
+            NODE_ID => Some("n3".to_owned()),
+            REDIS_URL => Some("redis://cache".to_owned()),
+            ADVERTISE_ADDR => Some("fw-3:7444".to_owned()),
+            _ => None,
+        };
+        let third = Config::parse(&text, path, env).unwrap();
+        assert_eq!(third.node_id.as_str(), "n3");
+        let member = third.membership().unwrap().unwrap();
+        assert_eq!(
+            (
+                member.redis.to_string().as_str(),
+                member.advertise_addr.as_str()
+            ),
+            ("redis://cache:6379", "fw-3:7444")
+        );
+        let wrong = |name: &str| (name == NODE_ID).then(|| "no id".to_owned());
+        let words = Config::parse(&text, path, wrong).unwrap_err().to_string();
+        assert!(words.contains("FWPUSH_NODE_ID"), "{words}");
+    }
+
     #[test]
     fn the_environment_decides_where_the_database_is() {
         let env = |name: &str| match name {

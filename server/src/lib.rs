@@ -21,6 +21,7 @@ pub mod releases;
 pub mod restored;
 pub mod rollout;
 pub mod rollouts;
+pub mod route;
 mod server;
 pub mod session;
 mod stream;
