@@ -4,10 +4,16 @@
 
 #![forbid(unsafe_code)]
 
+mod loopback;
 mod postgres;
+mod process;
+mod redis;
 mod user;
 
+pub use loopback::own_host;
 pub use postgres::{Options, Postgres, Remote};
+pub use process::Kept;
+pub use redis::{Redis, RedisOptions, RedisTls};
 
 use std::{io, path::PathBuf};
 
@@ -25,6 +31,9 @@ pub enum Error {
     /// A program ended with an error; its own words follow.
     #[error("{program} failed: {words}")]
     Failed { program: String, words: String },
+    /// Its process has ended, or was never started again.
+    #[error("{program} does not run")]
+    Ended { program: String },
 }
 
 impl Error {

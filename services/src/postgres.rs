@@ -3,16 +3,16 @@
 use std::{
     env,
     fs::{self, File},
-    io::{self, Read as _, Seek as _},
+    io,
     net::TcpListener,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
 use tempfile::TempDir;
 
-use crate::{Error, user::User};
+use crate::{Error, process::run, user::User};
 
 /// The role that everything belongs to.
 const ROLE: &str = "fwpush";
@@ -212,35 +212,6 @@ fn command(programs: &Path, user: User, name: &str) -> Command {
     command
 }
 
-fn run(mut command: Command) -> Result<String, Error> {
-    let program = command.get_program().to_owned();
-    let log = tempfile::tempfile().map_err(Error::io(env::temp_dir()))?;
-    let again = || log.try_clone().map_err(Error::io(env::temp_dir()));
-    // Files and no pipes: the server that `pg_ctl` starts keeps them open.
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(again()?)
-        .stderr(again()?)
-        .status()
-        .map_err(Error::io(&program))?;
-    let words = whole(log).map_err(Error::io(&program))?;
-    if status.success() {
-        return Ok(words.trim_end().to_owned());
-    }
-    Err(Error::Failed {
-        program: program.to_string_lossy().into_owned(),
-        words: words.trim_end().to_owned(),
-    })
-}
-
-/// What was written into a file that has no name.
-fn whole(mut file: File) -> io::Result<String> {
-    file.rewind()?;
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
-    Ok(text)
-}
-
 /// Its own order of texts is not that of bytes, so that a statement that forgets to say which it wants is found out.
 fn init(programs: &Path, user: User, data: &Path) -> Result<(), Error> {
     let mut init = command(programs, user, "initdb");
@@ -322,6 +293,8 @@ fn keeper(programs: &Path, user: User, dir: &Path) -> Result<Child, Error> {
         .arg(programs)
         .arg(dir)
         .current_dir("/")
+        // Ctrl-C at a terminal is for this process alone, which ends what it started in its own order.
+        .process_group(0)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

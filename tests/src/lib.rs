@@ -14,6 +14,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod redis;
 pub mod scene;
 pub mod site;
 pub mod trace;
