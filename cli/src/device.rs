@@ -1,16 +1,17 @@
 //! `fwpush device`, but for `add`, which is [`crate::enroll`].
 
+use fwpush_keys::DeviceId;
 use fwpush_proto::v1::{
-    BlockDeviceRequest, Device, GetDeviceRequest, ListDevicesRequest, RemoveDeviceRequest,
-    SendTextRequest, SetDeviceEventsRequest, UnblockDeviceRequest,
+    BlockDeviceRequest, Device, GetDeviceRequest, ListDevicesRequest, PingDeviceRequest,
+    PushResult, RemoveDeviceRequest, SendTextRequest, SetDeviceEventsRequest, UnblockDeviceRequest,
 };
 use serde_json::json;
 
 use crate::{
     Context,
     args::{
-        DeviceArgs, DeviceBlock, DeviceCommand, DeviceEvents, DeviceList, DeviceRemove, DeviceShow,
-        DeviceText, DeviceUnblock,
+        DeviceArgs, DeviceBlock, DeviceCommand, DeviceEvents, DeviceList, DevicePing, DeviceRemove,
+        DeviceShow, DeviceText, DeviceUnblock,
     },
     enroll,
     failure::{Failure, Result},
@@ -31,6 +32,7 @@ pub async fn run(context: &Context, args: &DeviceArgs) -> Result<()> {
         DeviceCommand::Unblock(args) => unblock(context, args).await,
         DeviceCommand::Remove(args) => remove(context, args).await,
         DeviceCommand::Text(args) => text(context, args).await,
+        DeviceCommand::Ping(args) => ping(context, args).await,
         DeviceCommand::Events(args) => events(context, args).await,
     }
 }
@@ -176,14 +178,73 @@ async fn text(context: &Context, args: &DeviceText) -> Result<()> {
         .await?;
     context.out.data(
         || json!({ "outcome": sent.outcome, "node_id": sent.node_id }),
-        || format!("{}\n", crate::output::escape(&sent.outcome)),
+        || format!("{}\n", outcome_words(&sent)),
     )?;
+    delivered(
+        &sent,
+        &args.id,
+        "Texts are not kept: send it again when the device is online.",
+    )
+}
+
+async fn ping(context: &Context, args: &DevicePing) -> Result<()> {
+    let client = context.client().await?;
+    let request = PingDeviceRequest {
+        client_id: args.id.to_string(),
+    };
+    let sent = client
+        .call("ask the device", async |admin| {
+            admin.ping_device(request).await
+        })
+        .await?;
+    let answered = sent.answered_us > 0;
+    context.out.data(
+        || {
+            json!({
+                "outcome": sent.outcome,
+                "node_id": sent.node_id,
+                "answered_us": answered.then_some(sent.answered_us),
+            })
+        },
+        || match answered {
+            true => format!(
+                "{}, answered in {}\n",
+                outcome_words(&sent),
+                views::milliseconds(sent.answered_us)
+            ),
+            false => format!("{}\n", outcome_words(&sent)),
+        },
+    )?;
+    delivered(
+        &sent,
+        &args.id,
+        "`fwpush device show` says when it was last seen.",
+    )?;
+    if answered {
+        return Ok(());
+    }
+    Err(Failure::new(format!("device {} did not answer within 10 s", args.id)).next(
+        "Its link may be very slow, or its agent older than `ping`: `fwpush device show` says which it has.",
+    ))
+}
+
+fn outcome_words(sent: &PushResult) -> String {
+    let (outcome, node) = (&sent.outcome, &sent.node_id);
+    crate::output::escape(&format!("{outcome} (node {node})")).into_owned()
+}
+
+fn delivered(sent: &PushResult, id: &DeviceId, if_not_here: &str) -> Result<()> {
     match sent.outcome.as_str() {
         "DELIVERED" => Ok(()),
-        "NOT_HERE" => Err(Failure::new(format!("device {} is not connected", args.id))
-            .next("Texts are not kept: send it again when the device is online.")),
-        other => Err(Failure::new(format!("the text was not delivered: {other}"))
-            .next("Send it again in a while.")),
+        "NOT_HERE" => Err(Failure::new(format!("device {id} is not connected")).next(if_not_here)),
+        "BUSY" => Err(
+            Failure::new(format!("device {id} reads too slowly: its queue is full"))
+                .next("Try again in a while."),
+        ),
+        "STALE_EPOCH" => Err(
+            Failure::new(format!("device {id} was changing to another stream")).next("Try again."),
+        ),
+        other => Err(Failure::new(format!("not delivered: {other}")).next("Try again in a while.")),
     }
 }
 

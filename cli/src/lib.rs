@@ -8,6 +8,7 @@
 pub mod args;
 pub mod backup;
 pub mod client;
+mod cluster;
 pub mod config;
 mod connect;
 pub mod db;
@@ -163,6 +164,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Keys(args) => Box::pin(keys::run(&context, args)).await,
         Command::Backup(args) => backup::run(&context, args).await,
         Command::Restore(args) => restore::run(&context, args).await,
+        Command::Cluster(args) => cluster::run(&context, args).await,
         Command::Db(args) => Box::pin(db::run(&context, args)).await,
     }
 }

@@ -46,8 +46,15 @@ struct State {
     /// Devices refused at their handshake already; the database is the truth, this only spares the questions.
     blocked: HashSet<DeviceId>,
     /// By the order in which they came.
-    live: HashMap<DeviceId, BTreeMap<u64, CancellationToken>>,
+    live: HashMap<DeviceId, BTreeMap<u64, Connection>>,
     next: u64,
+}
+
+#[derive(Debug)]
+struct Connection {
+    hang_up: CancellationToken,
+    /// Of its certificate.
+    fingerprint: String,
 }
 
 impl Access {
@@ -85,16 +92,23 @@ impl Access {
     }
 
     /// Registers a connection of `device` until the guard goes. Of more than [`limits::CONNECTIONS_PER_DEVICE`] the oldest ends.
-    pub fn enter(&self, device: &DeviceId, hang_up: CancellationToken) -> Entered {
+    pub fn enter(&self, device: &DeviceId, peer: &Peer, hang_up: CancellationToken) -> Entered {
         let mut state = self.state();
         state.next += 1;
         let number = state.next;
         let own = state.live.entry(device.clone()).or_default();
-        own.insert(number, hang_up);
+        let fingerprint = hex::encode(peer.fingerprint);
+        own.insert(
+            number,
+            Connection {
+                hang_up,
+                fingerprint,
+            },
+        );
         if own.len() > limits::CONNECTIONS_PER_DEVICE
             && let Some((_, oldest)) = own.pop_first()
         {
-            oldest.cancel();
+            oldest.hang_up.cancel();
         }
         Entered {
             access: self.clone(),
@@ -149,9 +163,36 @@ impl Access {
 
     /// Ends every connection of the device, streams and downloads with it.
     pub fn hang_up(&self, device: &DeviceId) {
+        self.hang_up_if(device, |_| true);
+    }
+
+    /// Ends every connection of the device that was made with another certificate than `newest`.
+    pub fn hang_up_others(&self, device: &DeviceId, newest: Option<&str>) {
+        self.hang_up_if(device, |fingerprint| newest != Some(fingerprint));
+    }
+
+    fn hang_up_if(&self, device: &DeviceId, ends: impl Fn(&str) -> bool) {
         if let Some(connections) = self.state().live.get(device) {
-            connections.values().for_each(CancellationToken::cancel);
+            connections
+                .values()
+                .filter(|connection| ends(&connection.fingerprint))
+                .for_each(|connection| connection.hang_up.cancel());
         }
+    }
+
+    /// True while the device has a connection to this node.
+    pub fn is_connected(&self, device: &DeviceId) -> bool {
+        self.state().live.contains_key(device)
+    }
+
+    /// Devices that have a connection to this node.
+    pub fn connected(&self) -> Vec<DeviceId> {
+        self.state().live.keys().cloned().collect()
+    }
+
+    /// Refuses these devices from now on and no others, as the database has it.
+    pub fn set_blocked(&self, blocked: HashSet<DeviceId>) {
+        self.state().blocked = blocked;
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{
     access::Access,
     db::{Added, Db, DbError, DeviceRecord, NewDevice},
     limits,
+    route::{Change, Route},
     session::{Closing, Sessions},
 };
 
@@ -71,6 +72,7 @@ struct Inner {
     db: Db,
     access: Access,
     sessions: Sessions,
+    route: Route,
     ca: Ca,
     trust_domain: TrustDomain,
     /// Held over the commit of who is blocked and what is kept of it in memory, so that both have the same order.
@@ -82,6 +84,7 @@ impl Devices {
         db: Db,
         access: Access,
         sessions: Sessions,
+        route: Route,
         ca: Ca,
         trust_domain: TrustDomain,
     ) -> Self {
@@ -90,6 +93,7 @@ impl Devices {
                 db,
                 access,
                 sessions,
+                route,
                 ca,
                 trust_domain,
                 blocking: Mutex::new(()),
@@ -128,6 +132,7 @@ impl Devices {
                 .await?;
             // Connections under the certificate before this one end here.
             inner.access.hang_up(&device);
+            self.announce(&device);
         }
         let record = self.get(&device).await?;
         Ok((record, certificate.map(|(pem, _)| pem)))
@@ -178,6 +183,7 @@ impl Devices {
             .await?;
         self.inner.access.block(device);
         drop(order);
+        self.announce(device);
         self.end_streams(device).await;
         tracing::info!(device.id = %device, operator, "A device was blocked.");
         self.get(device).await
@@ -196,6 +202,7 @@ impl Devices {
             .await?;
         self.inner.access.unblock(device);
         drop(order);
+        self.announce(device);
         self.get(device).await
     }
 
@@ -206,6 +213,7 @@ impl Devices {
         self.inner.db.remove_device(device, operator).await?;
         self.inner.access.unblock(device);
         drop(order);
+        self.announce(device);
         self.end_streams(device).await;
         tracing::info!(device.id = %device, operator, "A device was removed.");
         Ok(())
@@ -228,10 +236,24 @@ impl Devices {
             .set_hears(device, hears.clone(), operator)
             .await?;
         self.inner.sessions.set_hears(device, hears);
+        self.announce(device);
         self.get(device).await
     }
 
-    async fn end_streams(&self, device: &DeviceId) {
+    fn announce(&self, device: &DeviceId) {
+        self.inner.route.announce(Change::Device(device.clone()));
+    }
+
+    /// Refuses the devices that the database has as blocked, whichever node blocked them, and no others.
+    pub(crate) async fn refuse_blocked(&self) -> Result<(), DbError> {
+        let _order = self.inner.blocking.lock().await;
+        let blocked = self.inner.db.blocked_ids().await?;
+        self.inner.access.set_blocked(blocked.into_iter().collect());
+        Ok(())
+    }
+
+    /// Tells the device's stream that it is over, and cuts its connections a moment later.
+    pub(crate) async fn end_streams(&self, device: &DeviceId) {
         self.inner.sessions.close(device, Closing::Refused);
         tokio::time::sleep(LAST_WORDS).await;
         self.inner.access.hang_up(device);

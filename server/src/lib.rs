@@ -17,6 +17,7 @@ pub mod ingest;
 pub mod limits;
 mod listen;
 mod metrics;
+mod reconcile;
 pub mod releases;
 pub mod restored;
 pub mod rollout;

@@ -192,7 +192,7 @@ async fn connection(
                 .id
                 .parse()
                 .map_err(fwpush_keys::IdentityError::from)?;
-            let entered = listener.access.enter(&device, hang_up.clone());
+            let entered = listener.access.enter(&device, &peer, hang_up.clone());
             if let Err(refused) = listener.access.check_device(&device, &peer).await {
                 tell(io, &refused).await;
                 return Err(refused.into());

@@ -1,6 +1,6 @@
 //! Every metric of the server, declared in one place. None is labelled with a device id.
 
-use std::sync::OnceLock;
+use std::{sync::OnceLock, time::Duration};
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -21,14 +21,27 @@ pub const REPORT_COMMIT_SECONDS: &str = "fwpush_report_commit_seconds";
 pub const PHASE_CHANGES: &str = "fwpush_phase_changes_total";
 pub const OPERATOR_CALLS: &str = "fwpush_operator_calls_total";
 
+pub const CLONED: &str = "fwpush_cloned_identities_total";
+
+pub const REDIS_UP: &str = "fwpush_redis_up";
+pub const REDIS_SECONDS: &str = "fwpush_redis_answer_seconds";
 pub const DATABASE_UP: &str = "fwpush_database_up";
 pub const DATABASE_SECONDS: &str = "fwpush_database_answer_seconds";
 
 /// What a look at the database came to: how long it took, or None.
-pub fn db_answered(took: Option<std::time::Duration>) {
-    metrics::gauge!(DATABASE_UP).set(f64::from(u8::from(took.is_some())));
+pub fn db_answered(took: Option<Duration>) {
+    answered(DATABASE_UP, DATABASE_SECONDS, took);
+}
+
+/// What a look at Redis came to.
+pub fn redis_answered(took: Option<Duration>) {
+    answered(REDIS_UP, REDIS_SECONDS, took);
+}
+
+fn answered(up: &'static str, seconds: &'static str, took: Option<Duration>) {
+    metrics::gauge!(up).set(f64::from(u8::from(took.is_some())));
     if let Some(took) = took {
-        metrics::histogram!(DATABASE_SECONDS).record(took);
+        metrics::histogram!(seconds).record(took);
     }
 }
 
@@ -91,6 +104,16 @@ fn describe() {
         DATABASE_SECONDS,
         Unit::Seconds,
         "Time of a small read from the database, looked at every few seconds."
+    );
+    describe_counter!(
+        CLONED,
+        "Identities found to be used by more than one device."
+    );
+    describe_gauge!(REDIS_UP, "1 while Redis answers, else 0; in a cluster.");
+    describe_histogram!(
+        REDIS_SECONDS,
+        Unit::Seconds,
+        "Time of a small question to Redis, asked every few seconds."
     );
     describe_counter!(OPERATOR_CALLS, "Calls of operators, by method and outcome.");
 }

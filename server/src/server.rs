@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -21,7 +22,7 @@ use fwpush_proto::v1::{
     node_service_server::NodeServiceServer, push_service_server::PushServiceServer,
 };
 use tokio::{
-    sync::Semaphore,
+    sync::{Semaphore, mpsc},
     task::JoinSet,
     time::{Instant, timeout},
 };
@@ -30,7 +31,7 @@ use tonic::service::Routes;
 
 use crate::{
     access::Access,
-    api::{About, Admin, Downloads, Health, Nodes, Push, serve_http},
+    api::{About, Admin, Downloads, Engine, Health, Nodes, Push, serve_http},
     backup,
     config::{Config, ConfigError, Tunables},
     db::{Db, DbError},
@@ -41,14 +42,16 @@ use crate::{
     limits,
     listen::{self, Listener, Stop},
     metrics,
+    reconcile::Reconcile,
     releases::Releases,
+    route::{Join, Route},
     session::Sessions,
     stream::Context,
     trust::{LoadError, TrustDocs},
 };
 
 /// How often live devices' `last_seen` is looked at.
-const SEEN_ROUND: std::time::Duration = std::time::Duration::from_secs(60);
+const SEEN_ROUND: Duration = Duration::from_secs(60);
 
 /// Why a server does not start; the words say what to look at.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +100,7 @@ pub struct Running {
     tls: TlsSlots,
     tunables: Arc<ArcSwap<Tunables>>,
     sessions: Sessions,
+    route: Route,
     access: Access,
     health: Health,
     db: Db,
@@ -115,6 +119,8 @@ pub struct Running {
 struct TlsSlots {
     devices: Arc<ArcSwap<rustls::ServerConfig>>,
     operators: Arc<ArcSwap<rustls::ServerConfig>>,
+    /// For calls to other nodes.
+    peers: Arc<ArcSwap<rustls::ClientConfig>>,
 }
 
 impl Server {
@@ -139,12 +145,35 @@ impl Server {
         }
 
         let engine_stop = CancellationToken::new();
-        let sessions = Sessions::new(db.now());
+        let peers_tls = Arc::new(ArcSwap::from_pointee(peers_tls(&config)?));
+        let (news, heard) = mpsc::channel(limits::ANNOUNCEMENTS);
+        let (sessions, route) = match config.membership()? {
+            None => {
+                let sessions = Sessions::new(db.now());
+                (
+                    sessions.clone(),
+                    Route::alone(config.node_id.clone(), sessions),
+                )
+            }
+            Some(membership) => {
+                let (told, ends) = mpsc::channel(limits::SESSION_ENDS);
+                let sessions = Sessions::with_ends(db.now(), Some(told));
+                let join = Join {
+                    membership,
+                    node: config.node_id.clone(),
+                    tls: peers_tls.clone(),
+                    ends,
+                };
+                let route = Route::join(join, &db, sessions.clone(), news.clone(), &engine_stop);
+                (sessions, route)
+            }
+        };
         let access = Access::new(db.clone(), db.blocked_ids().await?);
         let (devices_tls, operators_tls) = tls_configs(&config, access.bar())?;
         let tls = TlsSlots {
             devices: Arc::new(ArcSwap::from_pointee(devices_tls)),
             operators: Arc::new(ArcSwap::from_pointee(operators_tls)),
+            peers: peers_tls,
         };
         let ingest = Ingest::start(db.clone(), sessions.clone(), engine_stop.clone());
         let driver = driver::start(
@@ -179,23 +208,27 @@ impl Server {
             db: db.clone(),
             access: access.clone(),
             sessions: sessions.clone(),
+            route: route.clone(),
             ingest: ingest.clone(),
             trust: trust.clone(),
             tunables: tunables.clone(),
         };
+        let device_records = Devices::new(
+            db.clone(),
+            access.clone(),
+            sessions.clone(),
+            route.clone(),
+            ca,
+            config.trust_domain.clone(),
+        );
         let admin = Admin {
             db: db.clone(),
             store: store.clone(),
             trust: trust.clone(),
-            releases: Releases::new(db.clone(), store.clone(), trust),
-            devices: Devices::new(
-                db.clone(),
-                access.clone(),
-                sessions.clone(),
-                ca,
-                config.trust_domain.clone(),
-            ),
+            releases: Releases::new(db.clone(), store.clone(), trust.clone()),
+            devices: device_records.clone(),
             sessions: sessions.clone(),
+            route: route.clone(),
             about: Arc::new(about(&config, addresses)?),
             stop: stop.goaway.clone(),
             uploads: Arc::new(Semaphore::new(limits::UPLOADS)),
@@ -233,11 +266,23 @@ impl Server {
             sessions.clone(),
             engine_stop.clone(),
         ));
-        tokio::spawn(watch_database(
+        tokio::spawn(watch_engines(
             db.clone(),
+            route.clone(),
             health.clone(),
             engine_stop.clone(),
         ));
+        if db.is_shared() {
+            let reconcile = Reconcile {
+                db: db.clone(),
+                access: access.clone(),
+                sessions: sessions.clone(),
+                devices: device_records,
+                trust,
+                tasks: Arc::default(),
+            };
+            tokio::spawn(reconcile.run((news, heard), engine_stop.clone()));
+        }
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id, database = %config.place()?,
@@ -249,6 +294,7 @@ impl Server {
             tls,
             tunables,
             sessions,
+            route,
             access,
             health,
             db,
@@ -281,14 +327,16 @@ impl Running {
         let (devices, operators) = tls_configs(&config, self.access.bar())?;
         self.tls.devices.store(Arc::new(devices));
         self.tls.operators.store(Arc::new(operators));
+        self.tls.peers.store(Arc::new(peers_tls(&config)?));
         self.tunables.store(Arc::new(config.limits.clone()));
         let moved = config.listen.devices != self.config.listen.devices
             || config.listen.operators != self.config.listen.operators
             || config.place()? != self.config.place()?
-            || config.files.url != self.config.files.url;
+            || config.files.url != self.config.files.url
+            || config.membership()? != self.config.membership()?;
         if moved {
             tracing::warn!(
-                "Addresses, database or files changed in the configuration: restart to use them."
+                "Addresses, database, files or cluster changed in the configuration: restart to use them."
             );
         }
         self.config = config;
@@ -302,6 +350,8 @@ impl Running {
         tracing::info!(devices = self.sessions.online_count(), "The server drains.");
         self.health.set_ready(false);
         self.stop.accept.cancel();
+        self.sessions.begin_drain();
+        self.route.draining();
         self.sessions.drain(limits::DRAIN_PER_SECOND).await;
         self.stop.goaway.cancel();
         let finished = timeout(limits::DRAIN_TIME, async {
@@ -318,6 +368,7 @@ impl Running {
         self.engine_stop.cancel();
         self.ingest.stopped().await;
         self.driver.stopped().await;
+        self.route.stopped().await;
         self.db.close().await;
         tracing::info!("The server has stopped.");
     }
@@ -338,7 +389,7 @@ fn devices_app(context: Context, downloads: Downloads) -> Router {
 }
 
 fn operators_app(admin: Admin) -> Result<Router, StartError> {
-    let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone()))
+    let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone(), admin.route.clone()))
         .max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
     let admin =
         AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
@@ -365,9 +416,24 @@ fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
         device_addresses,
         node_ca_pem: read(&config.pki.node_ca)?,
         started_at: Timestamp::now(),
+        database: config.place()?.to_string(),
         trust_dir: config.trust.dir.clone(),
         scratch_dir: config.data_dir(),
     })
+}
+
+/// TLS for calls to other nodes: with this node's certificate, to whoever the node authority vouches for.
+fn peers_tls(config: &Config) -> Result<rustls::ClientConfig, StartError> {
+    let pki = &config.pki;
+    let own = Credentials::from_pem(&read(&pki.certificate)?, &read(&pki.key)?)?;
+    let authority = tls::certificates_from_pem(&read(&pki.node_ca)?)?;
+    let time = Arc::new(rustls::time_provider::DefaultTimeProvider);
+    Ok(tls::client_config(
+        own,
+        authority,
+        &config.trust_domain,
+        time,
+    )?)
 }
 
 /// TLS for devices, and for operators and nodes: each listener knows only the CAs of its own roles.
@@ -450,31 +516,65 @@ async fn forget_old_uploads(store: FileStore, stop: CancellationToken) {
     }
 }
 
-/// Notes when the database goes away and when it is back. Everything else goes on, and waits for it where it needs it.
-async fn watch_database(db: Db, health: Health, stop: CancellationToken) {
+/// Notes when the database or Redis goes away and when it is back. Everything else goes on, and waits for it where it needs it.
+async fn watch_engines(db: Db, route: Route, health: Health, stop: CancellationToken) {
     let mut round = tokio::time::interval(limits::DB_WATCH);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = round.tick() => {}
         }
-        let asked = Instant::now();
-        let answer = timeout(limits::DB_WATCH, db.check()).await;
-        metrics::db_answered(matches!(answer, Ok(Ok(()))).then(|| asked.elapsed()));
-        let problem = match answer {
-            Ok(Ok(())) => None,
-            Ok(Err(DbError::Closed)) => return,
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(_) => Some(format!("no answer within {} s", limits::DB_WATCH.as_secs())),
-        };
-        match (health.set_database(problem.is_none()), problem) {
-            (true, Some(problem)) => tracing::error!(
-                problem,
-                "The database is away: devices stay connected, and what they report waits."
-            ),
-            (false, None) => tracing::info!("The database is back."),
-            _ => {}
+        let (database, redis) = tokio::join!(check_database(&db), route.check_redis());
+        if let Some(database) = database {
+            metrics::db_answered(database.as_ref().ok().copied());
+            note(
+                &health,
+                Engine::Database,
+                database,
+                "devices stay connected, and what they report waits",
+            );
         }
+        if let Some(redis) = redis {
+            metrics::redis_answered(redis.as_ref().ok().copied());
+            note(
+                &health,
+                Engine::Redis,
+                redis,
+                "devices stay connected, and hear later of what other nodes begin",
+            );
+        }
+    }
+}
+
+/// How long the database took to answer, or why it did not; None: it is closed.
+async fn check_database(db: &Db) -> Option<Result<Duration, String>> {
+    let asked = Instant::now();
+    match timeout(limits::DB_WATCH, db.check()).await {
+        Ok(Ok(())) => Some(Ok(asked.elapsed())),
+        Ok(Err(DbError::Closed)) => None,
+        Ok(Err(error)) => Some(Err(error.to_string())),
+        Err(_) => Some(Err(format!(
+            "no answer within {} s",
+            limits::DB_WATCH.as_secs()
+        ))),
+    }
+}
+
+/// Notes an answer for the probes, and logs when it begins and when it ends that there is none.
+fn note(
+    health: &Health,
+    engine: Engine,
+    answer: Result<Duration, String>,
+    meanwhile: &'static str,
+) {
+    let name = engine.as_str();
+    let article = if engine == Engine::Redis { "" } else { "The " };
+    match (health.set_answers(engine, answer.is_ok()), answer) {
+        (true, Err(problem)) => {
+            tracing::error!(problem, "{article}{name} is away: {meanwhile}.");
+        }
+        (false, Ok(_)) => tracing::info!("{article}{name} is back."),
+        _ => {}
     }
 }
 

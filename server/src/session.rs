@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use fwpush_keys::{
@@ -16,9 +17,9 @@ use fwpush_keys::{
     time::Timestamp,
 };
 use fwpush_proto::v1::{
-    EventType, NotifyEvent, PushOutcome, ServerMessage, server_message::Kind as ToDevice,
+    EventType, NotifyEvent, Ping, PushOutcome, ServerMessage, server_message::Kind as ToDevice,
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{desired::Desired, ingest::Acked, limits};
 
@@ -41,6 +42,9 @@ pub struct Session {
     pub epoch: u64,
     /// True when the device named its last session and the server knew it.
     pub resumed: bool,
+    /// How often within [`limits::TAKEOVER_WINDOW`] a stream took this device's place from a live one that it did not know of,
+    /// if this one did; else 0.
+    pub takeovers: usize,
     pub desired: watch::Receiver<Option<Arc<Desired>>>,
     pub control: mpsc::Receiver<ServerMessage>,
     pub acks: watch::Receiver<Option<Acked>>,
@@ -61,6 +65,36 @@ pub struct Sessions {
 struct Inner {
     state: Mutex<State>,
     epoch: AtomicU64,
+    /// Where sessions that end are told, for the registry that nodes share. Full: that one runs out there by itself.
+    ends: Option<mpsc::Sender<Ended>>,
+}
+
+/// A session that has ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub device: DeviceId,
+    pub session_id: String,
+}
+
+/// A session's place in the order of all sessions of its device, and what is known of the one before.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub session_id: String,
+    pub epoch: u64,
+    /// The session before it, on whatever node.
+    pub before: Option<String>,
+    /// As in [`Session::takeovers`], counted over all nodes; None: count those of this node.
+    pub takeovers: Option<usize>,
+    /// The registry knows of it.
+    pub registered: bool,
+}
+
+/// A session as the registry knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Live {
+    pub device: DeviceId,
+    pub session_id: String,
+    pub epoch: u64,
 }
 
 #[derive(Debug, Default)]
@@ -71,6 +105,8 @@ struct State {
     /// Who hears of a device, and who hears of every device of a product.
     hears_device: HashMap<DeviceId, HashSet<DeviceId>>,
     hears_product: HashMap<Product, HashSet<DeviceId>>,
+    /// When streams took the place of a live one that they did not know of; no more than is needed to judge.
+    takeovers: HashMap<DeviceId, Vec<Instant>>,
     draining: bool,
 }
 
@@ -85,6 +121,10 @@ struct Entry {
     closing: watch::Sender<Option<Closing>>,
     /// When `last_seen` was last handed to the database.
     seen_flushed: Option<Timestamp>,
+    /// When the registry was last told that it lives.
+    touched: Option<Instant>,
+    /// Who waits for the answer to which ping.
+    pings: HashMap<u64, oneshot::Sender<()>>,
 }
 
 /// What is kept of a session that ended.
@@ -97,13 +137,44 @@ struct Left {
 impl Sessions {
     /// `floor` is the present time: epochs start above every epoch that an earlier run gave out.
     pub fn new(floor: Timestamp) -> Self {
-        let start = u64::try_from(floor.as_ms()).unwrap_or(0);
+        Self::with_ends(floor, None)
+    }
+
+    /// As [`Self::new`]; sessions that end are told to `ends`.
+    pub(crate) fn with_ends(floor: Timestamp, ends: Option<mpsc::Sender<Ended>>) -> Self {
         Self {
             inner: Arc::new(Inner {
                 state: Mutex::default(),
-                epoch: AtomicU64::new(start),
+                epoch: AtomicU64::new(as_epoch(floor)),
+                ends,
             }),
         }
+    }
+
+    /// Whether this node sends its devices away.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.state().draining
+    }
+
+    /// A ticket above all that this node gave out or saw, and above those of other nodes whose clocks are not ahead of `now`.
+    pub(crate) fn ticket(&self, now: Timestamp) -> Ticket {
+        let next = |last: u64| Some((last + 1).max(as_epoch(now)));
+        let last = self
+            .inner
+            .epoch
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        Ticket {
+            session_id: new_id(),
+            epoch: (last.unwrap_or_else(|last| last) + 1).max(as_epoch(now)),
+            before: None,
+            takeovers: None,
+            registered: false,
+        }
+    }
+
+    /// Epochs given out here stay above `epoch`.
+    pub(crate) fn saw_epoch(&self, epoch: u64) {
+        self.inner.epoch.fetch_max(epoch, Ordering::Relaxed);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -114,7 +185,7 @@ impl Sessions {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the newest session of `device`; an older one is told [`Closing::Replaced`].
+    /// Makes the newest session of `device` by this node's own count; an older one is told [`Closing::Replaced`].
     ///
     /// `last_session_id` is what the device named in its ReconnectRequest. `hears` are the devices it hears events of.
     pub fn claim(
@@ -124,20 +195,60 @@ impl Sessions {
         last_session_id: Option<&str>,
         hears: Vec<String>,
     ) -> Session {
-        let epoch = self.inner.epoch.fetch_add(1, Ordering::Relaxed) + 1;
-        let id = uuid::Uuid::new_v4().simple().to_string();
+        let ticket = self.ticket(Timestamp::EPOCH);
+        self.admit(ticket, device, product, last_session_id, hears)
+    }
+
+    /// As [`Self::claim`], in the order that tickets give: a session whose ticket is older than the live one's is told
+    /// [`Closing::Replaced`] at once, and the live one stays.
+    pub(crate) fn admit(
+        &self,
+        ticket: Ticket,
+        device: &DeviceId,
+        product: &Product,
+        last_session_id: Option<&str>,
+        hears: Vec<String>,
+    ) -> Session {
+        let Ticket {
+            session_id: id,
+            epoch,
+            before,
+            takeovers,
+            registered,
+        } = ticket;
         let (desired_tx, desired) = watch::channel(None);
         let (control_tx, control) = mpsc::channel(limits::CONTROL_QUEUE);
         let (ack_sink, acks) = watch::channel(None);
         let (closing_tx, closing) = watch::channel(None);
+        let mut session = Session {
+            id,
+            epoch,
+            resumed: false,
+            takeovers: 0,
+            desired,
+            control,
+            acks,
+            ack_sink: Arc::new(ack_sink),
+            closing,
+            device: device.clone(),
+            sessions: self.clone(),
+        };
         let mut state = self.state();
+        if state
+            .live
+            .get(device)
+            .is_some_and(|live| live.epoch > epoch)
+        {
+            closing_tx.send_replace(Some(Closing::Replaced));
+            return session;
+        }
         if state.draining {
             closing_tx.send_replace(Some(Closing::Draining));
         }
         let left = state.left.remove(device);
         let flushed = state.live.get(device).and_then(|old| old.seen_flushed);
         let entry = Entry {
-            session_id: id.clone(),
+            session_id: session.id.clone(),
             epoch,
             product: product.clone(),
             hears,
@@ -146,30 +257,25 @@ impl Sessions {
             closing: closing_tx,
             // A device that comes and goes is written no more often than one that stays.
             seen_flushed: flushed.or(left.as_ref().and_then(|left| left.seen_flushed)),
+            touched: registered.then(Instant::now),
+            pings: HashMap::new(),
         };
         let old = state.insert(device, entry);
         let known = old.as_ref().map(|old| old.session_id.clone());
         let known = known.or(left.map(|left| left.session_id));
+        session.resumed = last_session_id.is_some_and(|named| {
+            Some(named) == known.as_deref() || Some(named) == before.as_deref()
+        });
         if let Some(old) = &old {
             old.closing.send_replace(Some(Closing::Replaced));
         }
+        let unknowing = old.is_some() && !session.resumed;
+        session.takeovers = takeovers.unwrap_or_else(|| state.count_takeover(device, unknowing));
         if old.is_none() {
             state.announce(device, product, EventType::Online, "");
         }
-        let resumed = last_session_id.is_some() && last_session_id == known.as_deref();
         metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);
-        Session {
-            id,
-            epoch,
-            resumed,
-            desired,
-            control,
-            acks,
-            ack_sink: Arc::new(ack_sink),
-            closing,
-            device: device.clone(),
-            sessions: self.clone(),
-        }
+        session
     }
 
     /// Hands the newest desired state to the device's stream; an older one not yet sent is dropped. Not connected: nothing.
@@ -190,17 +296,97 @@ impl Sessions {
 
     /// Puts a message into the device's queue. `epoch` 0 means whichever session is live.
     pub fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
-        let state = self.state();
-        let Some(entry) = state.live.get(device) else {
-            return PushOutcome::NotHere;
+        self.state().push(device, message, epoch)
+    }
+
+    /// Asks the device for a sign of life through its queue; what is received tells that it came.
+    pub(crate) fn ping(
+        &self,
+        device: &DeviceId,
+        epoch: u64,
+    ) -> (PushOutcome, oneshot::Receiver<()>) {
+        let (answered, answer) = oneshot::channel();
+        let nonce = rand::random();
+        let message = ServerMessage {
+            kind: Some(ToDevice::Ping(Ping { nonce })),
         };
-        if epoch != 0 && epoch != entry.epoch {
-            return PushOutcome::StaleEpoch;
+        let mut state = self.state();
+        let outcome = state.push(device, message, epoch);
+        // However soon the device answers, the lock is held until somebody waits for it.
+        if outcome == PushOutcome::Delivered
+            && let Some(entry) = state.live.get_mut(device)
+        {
+            // Those that nobody waits for any more make room.
+            entry.pings.retain(|_, answered| !answered.is_closed());
+            if entry.pings.len() < limits::CONTROL_QUEUE {
+                entry.pings.insert(nonce, answered);
+            }
         }
-        match entry.control.try_send(message) {
-            Ok(()) => PushOutcome::Delivered,
-            Err(mpsc::error::TrySendError::Full(_)) => PushOutcome::Busy,
-            Err(mpsc::error::TrySendError::Closed(_)) => PushOutcome::NotHere,
+        drop(state);
+        (outcome, answer)
+    }
+
+    /// The device answered a ping. One that nobody sent: nothing.
+    pub(crate) fn pong(&self, device: &DeviceId, nonce: u64) {
+        let mut state = self.state();
+        let waiting = state
+            .live
+            .get_mut(device)
+            .and_then(|entry| entry.pings.remove(&nonce));
+        if let Some(answered) = waiting {
+            // Whoever asked may have left.
+            let _ = answered.send(());
+        }
+    }
+
+    /// Ends the device's stream if it is older than `epoch`: a newer one is on another node.
+    pub(crate) fn replace(&self, device: &DeviceId, epoch: u64) {
+        let state = self.state();
+        if let Some(entry) = state.live.get(device).filter(|entry| entry.epoch < epoch) {
+            entry.closing.send_replace(Some(Closing::Replaced));
+        }
+    }
+
+    /// Up to `most` sessions that the registry was last told of longer than `every` ago; they count as told from now on.
+    pub(crate) fn take_untouched(&self, every: Duration, most: usize) -> Vec<Live> {
+        let (mut state, now) = (self.state(), Instant::now());
+        let due = |entry: &Entry| {
+            entry
+                .touched
+                .is_none_or(|at| now.duration_since(at) >= every)
+        };
+        let mut found = Vec::new();
+        for (device, entry) in state
+            .live
+            .iter_mut()
+            .filter(|(_, entry)| due(entry))
+            .take(most)
+        {
+            entry.touched = Some(now);
+            found.push(Live {
+                device: device.clone(),
+                session_id: entry.session_id.clone(),
+                epoch: entry.epoch,
+            });
+        }
+        found
+    }
+
+    /// The registry knows nothing of these sessions, or may have lost them; all of them where none are given.
+    pub(crate) fn untouch(&self, some: Option<&[Live]>) {
+        let mut state = self.state();
+        match some {
+            None => state
+                .live
+                .values_mut()
+                .for_each(|entry| entry.touched = None),
+            Some(some) => {
+                for live in some {
+                    if let Some(entry) = state.live.get_mut(&live.device) {
+                        entry.touched = None;
+                    }
+                }
+            }
         }
     }
 
@@ -209,6 +395,11 @@ impl Sessions {
         if let Some(entry) = self.state().live.get(device) {
             entry.closing.send_replace(Some(why));
         }
+    }
+
+    /// From now on whoever comes is told to go elsewhere.
+    pub(crate) fn begin_drain(&self) {
+        self.state().draining = true;
     }
 
     /// Tells every stream to go elsewhere: `per_second` of them a second, so that their return does not come as one wave.
@@ -238,6 +429,19 @@ impl Sessions {
         if let Some(mut entry) = state.remove(device) {
             entry.hears = hears;
             state.insert(device, entry);
+        }
+    }
+
+    /// As [`Self::set_hears`], where the list is another.
+    pub(crate) fn update_hears(&self, device: &DeviceId, hears: &[String]) {
+        let same = |entry: &Entry| entry.hears == hears;
+        let changed = self
+            .state()
+            .live
+            .get(device)
+            .is_some_and(|entry| !same(entry));
+        if changed {
+            self.set_hears(device, hears.to_vec());
         }
     }
 
@@ -297,6 +501,15 @@ impl Sessions {
                 state.left.clear();
             }
             state.announce(device, &entry.product, EventType::Offline, "");
+            if let Some(ends) = &self.inner.ends {
+                let ended = Ended {
+                    device: device.clone(),
+                    session_id: entry.session_id.clone(),
+                };
+                if ends.try_send(ended).is_err() {
+                    tracing::debug!(device.id = %device, "The end of a session was not told to the registry.");
+                }
+            }
             let left = Left {
                 session_id: entry.session_id,
                 seen_flushed: entry.seen_flushed,
@@ -339,6 +552,39 @@ impl State {
         Some(entry)
     }
 
+    fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
+        let Some(entry) = self.live.get(device) else {
+            return PushOutcome::NotHere;
+        };
+        if epoch != 0 && epoch != entry.epoch {
+            return PushOutcome::StaleEpoch;
+        }
+        match entry.control.try_send(message) {
+            Ok(()) => PushOutcome::Delivered,
+            Err(mpsc::error::TrySendError::Full(_)) => PushOutcome::Busy,
+            Err(mpsc::error::TrySendError::Closed(_)) => PushOutcome::NotHere,
+        }
+    }
+
+    /// Gives how many takeovers of this device there were of late, if this is one; else 0.
+    fn count_takeover(&mut self, device: &DeviceId, this_is_one: bool) -> usize {
+        if !this_is_one {
+            return 0;
+        }
+        let now = Instant::now();
+        let recent = |at: &Instant| now.duration_since(*at) < limits::TAKEOVER_WINDOW;
+        if self.takeovers.len() >= limits::CONNECTIONS {
+            self.takeovers.retain(|_, times| times.iter().any(recent));
+        }
+        let times = self.takeovers.entry(device.clone()).or_default();
+        times.retain(recent);
+        times.push(now);
+        if times.len() > limits::TAKEOVERS_KEPT {
+            times.remove(0);
+        }
+        times.len()
+    }
+
     /// Events are best effort: a listener whose queue is full misses one.
     fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
         let of_device = self.hears_device.get(device);
@@ -377,6 +623,14 @@ fn remove_listener<K: std::hash::Hash + Eq>(
             index.remove(heard);
         }
     }
+}
+
+fn as_epoch(time: Timestamp) -> u64 {
+    u64::try_from(time.as_ms()).unwrap_or(0)
+}
+
+fn new_id() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
 }
 
 impl Drop for Session {

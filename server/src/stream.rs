@@ -23,6 +23,7 @@ use crate::{
     desired::{self, Desired, DesiredAction},
     ingest::{DeviceReport, Ingest},
     limits, metrics as m,
+    route::Route,
     session::{Closing, Session, Sessions},
     trust::TrustDocs,
     wire::{self, Said},
@@ -34,6 +35,7 @@ pub struct Context {
     pub db: Db,
     pub access: Access,
     pub sessions: Sessions,
+    pub route: Route,
     pub ingest: Ingest,
     pub trust: TrustDocs,
     /// Replaced by a reload: new streams see the new one.
@@ -94,16 +96,20 @@ async fn serve(
     let record = context.db.device(device).await.map_err(wire::db)?;
     let record =
         record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
-    let session = context.sessions.claim(
+    let claim = context.route.claim(
         device,
         &record.product,
         hello.last_session_id.as_deref(),
         record.hears.clone(),
+        context.db.now(),
     );
+    let session = claim.await;
     // After the claim: a change of the desired state from here on reaches the session's slot.
-    let desired = desired::register(&context.ingest, &hello.facts, device)
-        .await
-        .map_err(wire::db)?;
+    let (desired, ()) = tokio::join!(
+        desired::register(&context.ingest, &hello.facts, device),
+        context.route.check_newest(device, session.epoch),
+    );
+    let desired = desired.map_err(wire::db)?;
     tracing::info!(
         session.id = session.id,
         session.epoch,
@@ -178,6 +184,11 @@ impl Stream<'_> {
     /// Registered, then the trust documents it lacks, then what it should run: the manifest may need the newest list.
     async fn welcome(&mut self, facts: &desired::Facts, desired: Arc<Desired>) -> Result<(), End> {
         let tunables = self.context.tunables.load();
+        let mut spread = Duration::from_secs(tunables.reconnect_spread_s);
+        if self.session.takeovers > limits::TAKEOVERS {
+            spread = spread.max(limits::CLONED_SPREAD);
+            self.note_cloned().await;
+        }
         let kind = if self.session.resumed {
             SessionKind::Resumed
         } else {
@@ -188,7 +199,7 @@ impl Stream<'_> {
             epoch: self.session.epoch,
             heartbeat_interval_ms: tunables.heartbeat_interval_s * 1_000,
             report_interval_ms: limits::REPORT_INTERVAL.as_millis() as u64,
-            reconnect_spread_ms: tunables.reconnect_spread_s * 1_000,
+            reconnect_spread_ms: spread.as_millis() as u64,
             server_time_at_ms: Timestamp::now().as_ms(),
             kind: kind.into(),
         }))
@@ -274,6 +285,10 @@ impl Stream<'_> {
                 Err(Status::failed_precondition("this stream is registered already").into())
             }
             FromDevice::Heartbeat(beat) => self.heartbeat(beat).await,
+            FromDevice::Pong(pong) => {
+                self.context.sessions.pong(self.device, pong.nonce);
+                Ok(())
+            }
             FromDevice::TrustState(state) => {
                 if let Some(error) = &state.error {
                     let words =
@@ -294,6 +309,32 @@ impl Stream<'_> {
             FromDevice::NoticeReply(reply) => self.report(wire::reply(reply)?),
             FromDevice::FileAck(ack) => self.report(wire::file_ack(ack)?),
             FromDevice::Report(report) => self.report(wire::report(report)?),
+        }
+    }
+
+    /// Two devices with one identity take each other's place again and again; one device comes back with the session that it had.
+    async fn note_cloned(&self) {
+        if self.session.takeovers > limits::TAKEOVERS + 1 {
+            // Said when the bound was passed.
+            return;
+        }
+        let minutes = limits::TAKEOVER_WINDOW.as_secs() / 60;
+        let words = format!(
+            "{} streams within {minutes} minutes took the place of a live one that they did not know of: another device has the same key; \
+             block this one, and give each a certificate of its own",
+            self.session.takeovers
+        );
+        tracing::warn!("An identity is used by more than one device.");
+        metrics::counter!(m::CLONED).increment(1);
+        let event =
+            self.context
+                .db
+                .event(Some(self.device), "CLONED", &words, self.device.as_str());
+        if let Err(error) = event.await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "An event was not kept."
+            );
         }
     }
 

@@ -55,6 +55,8 @@ pub enum PublishError {
     NotNewer { held_root: u64, held: u64 },
     #[error(transparent)]
     Db(#[from] DbError),
+    #[error("take in what other nodes have published")]
+    Behind(#[source] LoadError),
 }
 
 /// What publishing changed.
@@ -77,8 +79,8 @@ struct Inner {
     db: Db,
     documents: RwLock<Documents>,
     changed: watch::Sender<u64>,
-    /// One publication at a time, from the check to the commit.
-    publishing: Mutex<()>,
+    /// One publication at a time, from the check to the commit. Holds how many documents of the database were looked at.
+    publishing: Mutex<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -125,10 +127,10 @@ impl TrustDocs {
         }
         let (changed, _) = watch::channel(0);
         let inner = Inner {
+            publishing: Mutex::new(0),
             db,
             documents: RwLock::new(documents),
             changed,
-            publishing: Mutex::new(()),
         };
         Ok(Self {
             inner: Arc::new(inner),
@@ -223,13 +225,59 @@ impl TrustDocs {
         self.inner.db.set_revoked(product, &revoked, actor).await
     }
 
+    /// Takes in what other nodes have published. What a device may have of it is handed on.
+    pub async fn reload(&self) -> Result<(), LoadError> {
+        let mut seen = self.inner.publishing.lock().await;
+        self.catch_up(&mut seen).await
+    }
+
+    /// `seen` is how many documents there were at the last look.
+    async fn catch_up(&self, seen: &mut u64) -> Result<(), LoadError> {
+        let db = &self.inner.db;
+        let count = db.count_trust_documents().await?;
+        if count == *seen {
+            return Ok(());
+        }
+        let mut documents = self.documents().clone();
+        let newest = documents.head.version;
+        for stored in db.trust_documents(TrustKind::Root).await? {
+            documents
+                .take_stored_root(&stored)
+                .map_err(LoadError::Stored)?;
+        }
+        if documents.head.version > newest {
+            documents.forget_unbelieved();
+        }
+        for stored in db.trust_documents(TrustKind::Revocation).await? {
+            documents
+                .take_stored_revocation(&stored)
+                .map_err(LoadError::Stored)?;
+        }
+        *seen = count;
+        self.hand_out(documents);
+        Ok(())
+    }
+
+    fn hand_out(&self, documents: Documents) {
+        *self
+            .inner
+            .documents
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = documents;
+        self.inner.changed.send_modify(|count| *count += 1);
+    }
+
     /// Verifies a root or a revocation list, commits it, and hands it to the devices.
     pub async fn publish(
         &self,
         envelope: &[u8],
         operator: &str,
     ) -> Result<Published, PublishError> {
-        let _one = self.inner.publishing.lock().await;
+        let mut seen = self.inner.publishing.lock().await;
+        // What another node published counts before this does.
+        self.catch_up(&mut seen)
+            .await
+            .map_err(PublishError::Behind)?;
         let parsed = Envelope::parse(envelope)?;
         let mut documents = self.documents().clone();
         let published = match parsed.payload_type() {
@@ -258,12 +306,7 @@ impl TrustDocs {
             .add_trust_document(kind, product, root_version, version, envelope)
             .await?;
         // Before anything else that can fail: what is committed is what is handed out.
-        *self
-            .inner
-            .documents
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = documents;
-        self.inner.changed.send_modify(|count| *count += 1);
+        self.hand_out(documents);
         let words = format!("{product} version {version} under root {root_version}");
         self.inner
             .db
@@ -286,6 +329,20 @@ impl Documents {
             return Ok(Published::Same);
         }
         self.advance(envelope)?;
+        self.forget_unbelieved();
+        Ok(Published::Root)
+    }
+
+    /// A stored root that follows on the newest one held; an older one: nothing.
+    fn take_stored_root(&mut self, envelope: &[u8]) -> Result<(), TrustError> {
+        if self.roots.iter().any(|(_, held)| held == envelope) {
+            return Ok(());
+        }
+        self.advance(envelope)
+    }
+
+    /// Lets go of lists that the newest root's keys have not signed.
+    fn forget_unbelieved(&mut self) {
         let head = &self.head;
         self.revocations.retain(|product, list| {
             let believed = head.verify_revocation(product, list.envelope()).is_ok();
@@ -294,7 +351,6 @@ impl Documents {
             }
             believed
         });
-        Ok(Published::Root)
     }
 
     fn take_revocation(

@@ -27,6 +27,7 @@ pub enum DeviceCommand {
     Unblock(DeviceUnblock),
     Remove(DeviceRemove),
     Text(DeviceText),
+    Ping(DevicePing),
     Events(DeviceEvents),
 }
 
@@ -177,6 +178,18 @@ pub struct DeviceText {
     /// At most 4 KiB
     #[arg(value_name = "WORDS")]
     pub text: String,
+}
+
+/// Ask a device for a sign of life over its stream, on whatever node that is
+///
+/// Waits up to 10 s for the device to answer. The exit code is 1 when it is not connected or does not answer.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Example:
+  fwpush device ping gw-1")]
+pub struct DevicePing {
+    #[arg(value_name = "ID")]
+    pub id: DeviceId,
 }
 
 /// Say of which other devices a device hears that they come online, go offline or update

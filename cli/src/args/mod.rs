@@ -1,5 +1,6 @@
 //! What can be typed: every command, its arguments and its help. No logic.
 
+mod cluster;
 mod db;
 mod device;
 mod keys;
@@ -14,7 +15,7 @@ use fwpush_keys::{
     id::{NodeId, OperatorId, Product, TrustDomain},
 };
 
-pub use self::{db::*, device::*, keys::*, release::*, rollout::*};
+pub use self::{cluster::*, db::*, device::*, keys::*, release::*, rollout::*};
 use crate::values::ByteCount;
 
 /// Distributes firmware: signed releases, pushed to devices, verified by them byte by byte.
@@ -61,6 +62,7 @@ pub enum Command {
     Backup(BackupArgs),
     Restore(RestoreArgs),
     Db(DbArgs),
+    Cluster(ClusterArgs),
 }
 
 /// Show a whole fleet update itself on this machine

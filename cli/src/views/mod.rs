@@ -2,8 +2,9 @@
 //!
 //! JSON has the protocol's words (`SUCCEEDED`, `COMPLETE`, `INSTALL`) and times in RFC 3339.
 
+mod cluster;
 mod devices;
 mod releases;
 mod rollouts;
 
-pub use self::{devices::*, releases::*, rollouts::*};
+pub use self::{cluster::*, devices::*, releases::*, rollouts::*};

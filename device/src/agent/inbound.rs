@@ -99,7 +99,7 @@ impl<S: Slots> Agent<S> {
                 });
             }
             // The link's own.
-            Kind::Registered(_) | Kind::Drain(_) => {}
+            Kind::Registered(_) | Kind::Drain(_) | Kind::Ping(_) => {}
         }
     }
 

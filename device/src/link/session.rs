@@ -423,6 +423,12 @@ impl<'a> Session<'a> {
                 self.drain_at.get_or_insert(Instant::now() + wait);
                 Ok(())
             }
+            Some(FromServer::Ping(ping)) => {
+                let pong = ToServer::Pong(v1::Pong { nonce: ping.nonce });
+                // A queue that is full holds messages that are signs of life themselves.
+                let _ = self.outbound.try_send(ClientMessage { kind: Some(pong) });
+                Ok(())
+            }
             Some(FromServer::Registered(_)) => {
                 Err(Ended::new("the server answered a registration twice"))
             }

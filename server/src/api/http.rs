@@ -22,7 +22,31 @@ const CONNECTIONS: usize = 64;
 #[derive(Clone, Debug, Default)]
 pub struct Health {
     ready: Arc<AtomicBool>,
-    database_away: Arc<AtomicBool>,
+    away: Arc<[AtomicBool; 3]>,
+}
+
+/// What the server works with and can live without for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Without it nothing new is begun.
+    Database,
+    /// Without it files that this node has not cached are not served.
+    Files,
+    /// Without it nodes hear of one another's changes later.
+    Redis,
+}
+
+impl Engine {
+    pub const ALL: [Self; 3] = [Self::Database, Self::Files, Self::Redis];
+
+    /// As health checks and logs call it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Database => "database",
+            Self::Files => "file store",
+            Self::Redis => "Redis",
+        }
+    }
 }
 
 impl Health {
@@ -30,9 +54,14 @@ impl Health {
         self.ready.store(ready, Ordering::Release);
     }
 
-    /// Notes whether the database answers; gives what was noted before.
-    pub fn set_database(&self, answers: bool) -> bool {
-        !self.database_away.swap(!answers, Ordering::AcqRel)
+    /// Notes whether an engine answers; gives what was noted before.
+    pub fn set_answers(&self, engine: Engine, answers: bool) -> bool {
+        !self.away[engine as usize].swap(!answers, Ordering::AcqRel)
+    }
+
+    /// Whether an engine answered when it was last asked.
+    pub fn answers(&self, engine: Engine) -> bool {
+        !self.away[engine as usize].load(Ordering::Acquire)
     }
 
     /// Why this node wants no new work; None: it does.
@@ -40,8 +69,25 @@ impl Health {
         if !self.ready.load(Ordering::Acquire) {
             return Some("draining\n");
         }
-        let away = self.database_away.load(Ordering::Acquire);
-        away.then_some("the database is away\n")
+        (!self.answers(Engine::Database)).then_some("the database is away\n")
+    }
+
+    /// What a probe is told that asks whether to send work here.
+    fn words(&self) -> (StatusCode, String) {
+        if let Some(why) = self.unready() {
+            return (StatusCode::SERVICE_UNAVAILABLE, why.to_owned());
+        }
+        let away: Vec<&str> = Engine::ALL
+            .into_iter()
+            .filter(|engine| !self.answers(*engine))
+            .map(Engine::as_str)
+            .collect();
+        // Work goes on without these: more slowly, or with what is at hand.
+        let words = match away.as_slice() {
+            [] => "ready\n".to_owned(),
+            away => format!("ready, without {}\n", away.join(" and ")),
+        };
+        (StatusCode::OK, words)
     }
 }
 
@@ -53,13 +99,8 @@ pub async fn serve_http(
     stop: CancellationToken,
 ) {
     let ready = move || {
-        let unready = health.unready();
-        async move {
-            match unready {
-                None => (StatusCode::OK, "ready\n"),
-                Some(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
-            }
-        }
+        let words = health.words();
+        async move { words }
     };
     let render = move || {
         let text = metrics

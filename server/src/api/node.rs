@@ -1,20 +1,26 @@
 //! `NodeService`: what other nodes ask of this one.
 
+use std::time::Duration;
+
 use fwpush_keys::id::DeviceId;
-use fwpush_proto::v1::{PushOutcome, PushRequest, PushResponse, node_service_server::NodeService};
+use fwpush_proto::v1::{
+    PushOutcome, PushRequest, PushResponse, node_service_server::NodeService,
+    server_message::Kind as ToDevice,
+};
 use tonic::{Request, Response, Status};
 
-use crate::{api::authorize, session::Sessions};
+use crate::{api::authorize, route::Route, session::Sessions};
 
 /// Delivers to the sessions of this node.
 #[derive(Clone, Debug)]
 pub struct Nodes {
     sessions: Sessions,
+    route: Route,
 }
 
 impl Nodes {
-    pub fn new(sessions: Sessions) -> Self {
-        Self { sessions }
+    pub fn new(sessions: Sessions, route: Route) -> Self {
+        Self { sessions, route }
     }
 }
 
@@ -33,7 +39,14 @@ impl NodeService for Nodes {
         let message = request
             .message
             .ok_or_else(|| Status::invalid_argument("no message"))?;
-        let outcome = self.sessions.push(&device, message, request.epoch);
+        let mut answered_us = 0;
+        let outcome = if matches!(message.kind, Some(ToDevice::Ping(_))) {
+            let pushed = self.route.ping_here(&device, request.epoch).await;
+            answered_us = pushed.answered.map_or(0, in_us);
+            pushed.outcome
+        } else {
+            self.sessions.push(&device, message, request.epoch)
+        };
         tracing::debug!(device.id = %device, node.id = %node, ?outcome, "A node pushed a message.");
         let success = outcome == PushOutcome::Delivered;
         let error = if success {
@@ -45,8 +58,14 @@ impl NodeService for Nodes {
             success,
             error,
             outcome: outcome.into(),
+            answered_us,
         }))
     }
+}
+
+/// Microseconds; at least one, since 0 means that no answer came.
+pub fn in_us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX).max(1)
 }
 
 /// An outcome in words, for people.

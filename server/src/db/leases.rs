@@ -5,12 +5,13 @@
 
 use std::time::Duration;
 
-use fwpush_keys::id::NodeId;
+use fwpush_keys::{id::NodeId, time::Timestamp};
 
 use super::{
-    DbError,
+    Db, DbError,
     engine::{Tx, params},
 };
+use crate::limits;
 
 /// One life of one node's process.
 #[derive(Clone, Debug)]
@@ -65,6 +66,37 @@ pub(crate) async fn hold(
         })
     })
     .transpose()
+}
+
+/// A lease that has not run out.
+#[derive(Clone, Debug)]
+pub struct HeldLease {
+    /// What it is for, such as `rollout/<id>`.
+    pub name: String,
+    /// The node.
+    pub owner: String,
+    pub expires_at: Timestamp,
+}
+
+impl Db {
+    /// Who holds which lease now, by name, up to [`limits::ROLLOUTS_LISTED`].
+    pub async fn leases(&self) -> Result<Vec<HeldLease>, DbError> {
+        const LIST: &str = "SELECT name, owner, expires_at_ms FROM leases WHERE expires_at_ms > $1 ORDER BY name LIMIT $2";
+        let most = u64::from(limits::ROLLOUTS_LISTED);
+        let rows = self
+            .reader()
+            .rows("list leases", LIST, params![self.now(), most])
+            .await?;
+        rows.iter()
+            .map(|row| {
+                Ok(HeldLease {
+                    name: row.text("name")?.to_owned(),
+                    owner: row.text("owner")?.to_owned(),
+                    expires_at: row.time("expires_at_ms")?,
+                })
+            })
+            .collect()
+    }
 }
 
 /// Forgets a lease whose work is done for good.

@@ -20,6 +20,7 @@ pub(crate) mod rollout_devices;
 pub(crate) mod rollouts;
 mod schema;
 mod seal;
+mod standing;
 pub(crate) mod states;
 mod trust;
 
@@ -34,10 +35,11 @@ pub use error::DbError;
 pub use events::EventRow;
 pub(crate) use events::{NewEvent, insert as insert_events, prune as prune_events};
 pub use files::FileRow;
-pub use leases::{Lease, LeaseHolder};
+pub use leases::{HeldLease, Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};
 pub use place::{Options, Place, PlaceError, PostgresPlace, TlsMode};
 pub use releases::{Published, ReleaseRow};
+pub(crate) use standing::Standing;
 pub use trust::TrustKind;
 
 use clock::Clock;

@@ -14,6 +14,7 @@ pub(crate) struct Nudges {
 struct Inner {
     driver: Notify,
     follower: Notify,
+    announced: Notify,
     changes: watch::Sender<u64>,
 }
 
@@ -24,6 +25,7 @@ impl Nudges {
             inner: Arc::new(Inner {
                 driver: Notify::new(),
                 follower: Notify::new(),
+                announced: Notify::new(),
                 changes,
             }),
         }
@@ -38,7 +40,15 @@ impl Nudges {
         }
         if announced {
             self.inner.follower.notify_one();
+            self.inner.announced.notify_one();
         }
+    }
+
+    /// Another node has committed something: whoever waits for work of any kind looks.
+    pub(crate) fn committed_elsewhere(&self) {
+        self.changed();
+        self.inner.driver.notify_one();
+        self.inner.follower.notify_one();
     }
 
     /// A commit changed a rollout itself, not its devices.
@@ -54,6 +64,11 @@ impl Nudges {
     /// Completes when there is something to announce; at once if there was since the last call.
     pub(crate) async fn follower(&self) {
         self.inner.follower.notified().await;
+    }
+
+    /// Completes when there is something to announce to other nodes; at once if there was since the last call.
+    pub(crate) async fn announced(&self) {
+        self.inner.announced.notified().await;
     }
 
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {

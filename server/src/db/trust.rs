@@ -37,6 +37,16 @@ impl Db {
         tx.commit().await
     }
 
+    /// How many documents of all kinds there are; none is ever taken away.
+    pub(crate) async fn count_trust_documents(&self) -> Result<u64, DbError> {
+        const COUNT: &str = "SELECT COUNT(*) AS n FROM trust_documents";
+        let rows = self
+            .reader()
+            .rows("count the trust documents", COUNT, vec![])
+            .await?;
+        rows.first().map_or(Ok(0), |row| row.u64("n"))
+    }
+
     /// Envelopes of all documents of a kind, oldest first.
     pub async fn trust_documents(&self, kind: TrustKind) -> Result<Vec<Vec<u8>>, DbError> {
         const SELECT: &str = "SELECT envelope FROM trust_documents WHERE kind = $1 ORDER BY product, root_version, version";

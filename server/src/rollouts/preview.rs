@@ -1,6 +1,6 @@
 //! Who a rollout would reach.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use fwpush_keys::id::{DeviceId, HwId};
 
@@ -12,13 +12,14 @@ use crate::{
     db::{Db, DeviceFilter, DeviceRecord, ReleaseRow, states},
     limits,
     rollout::RolloutAction,
+    route::Route,
 };
 
 /// Who a rollout would reach, and who is left out.
 #[derive(Clone, Debug, Default)]
 pub struct Preview {
     pub eligible: u64,
-    /// Of the eligible, those connected to this node now.
+    /// Of the eligible, those connected now.
     pub online: u64,
     /// The eligible by hardware and running version, at most [`limits::PREVIEW_GROUPS`].
     pub groups: Vec<PreviewGroup>,
@@ -57,16 +58,17 @@ pub async fn preview(
     release: &ReleaseRow,
     target: &Target,
     action: RolloutAction,
-    online: &(dyn Fn(&DeviceId) -> bool + Send + Sync),
+    route: &Route,
 ) -> Result<Preview, RolloutError> {
     let mut tally = Tally::default();
     match target.ids()? {
         Some(ids) => {
             for page in ids.chunks(limits::ENROL_ROWS) {
                 let found = states::load(db, &mut db.reader(), page).await?;
+                let online = route.online(page).await;
                 for id in page {
                     match found.iter().find(|state| state.record.client_id == *id) {
-                        Some(state) => tally.add(release, action, &state.record, online),
+                        Some(state) => tally.add(release, action, &state.record, &online),
                         None => tally.exclude(Unfit::UnknownDevice, id),
                     }
                 }
@@ -80,8 +82,11 @@ pub async fn preview(
             };
             loop {
                 let page = db.list_devices(&filter).await?;
+                let ids: Vec<DeviceId> =
+                    page.iter().map(|record| record.client_id.clone()).collect();
+                let online = route.online(&ids).await;
                 for record in &page {
-                    tally.add(release, action, record, online);
+                    tally.add(release, action, record, &online);
                 }
                 let Some(last) = page
                     .last()
@@ -102,13 +107,13 @@ impl Tally {
         release: &ReleaseRow,
         action: RolloutAction,
         device: &DeviceRecord,
-        online: &(dyn Fn(&DeviceId) -> bool + Send + Sync),
+        online: &HashSet<DeviceId>,
     ) {
         if let Err(unfit) = judge(release, action, device) {
             return self.exclude(unfit, &device.client_id);
         }
         self.preview.eligible += 1;
-        self.preview.online += u64::from(online(&device.client_id));
+        self.preview.online += u64::from(online.contains(&device.client_id));
         let mut key = (
             device.hw_id.clone(),
             device.hw_rev,

@@ -171,7 +171,7 @@ impl Server {
             FromDevice::NoticeReply(reply) => reply.seq,
             FromDevice::FileAck(ack) => ack.seq,
             FromDevice::Report(report) => report.seq,
-            FromDevice::TrustState(_) => return Vec::new(),
+            FromDevice::TrustState(_) | FromDevice::Pong(_) => return Vec::new(),
         };
         if books.silent {
             return Vec::new();

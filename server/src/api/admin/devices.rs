@@ -6,10 +6,11 @@ use tonic::{Code, Status};
 
 use super::{Admin, id, optional_id, page, views, words};
 use crate::{
-    api::status as map,
-    db::DeviceFilter,
+    api::{node::in_us, status as map},
+    db::{DeviceFilter, DeviceRecord},
     devices::{DeviceError, Request},
     limits, rollouts,
+    route::{PushError, Pushed},
 };
 
 /// How much of a device's history `GetDevice` shows.
@@ -84,7 +85,7 @@ pub async fn add(
         .map_err(refused)?;
     let about = &admin.about;
     Ok(v1::AddDeviceResponse {
-        device: Some(views::device(&record, &admin.sessions)),
+        device: Some(shown(admin, &record).await),
         certificate_pem: certificate.unwrap_or_default(),
         node_ca_pem: about.node_ca_pem.clone(),
         trust_domain: about.trust_domain.to_string(),
@@ -117,10 +118,16 @@ pub async fn list(
         let records = admin.db.list_devices(&filter).await.map_err(map::db)?;
         let whole_page = records.len() == limit as usize;
         after = records.last().map(|record| record.client_id.clone());
+        let ids: Vec<DeviceId> = records
+            .iter()
+            .map(|record| record.client_id.clone())
+            .collect();
+        let online = admin.route.online(&ids).await;
         let wanted = records
             .iter()
-            .filter(|record| !request.online_only || admin.sessions.is_online(&record.client_id))
-            .map(|record| views::device(record, &admin.sessions));
+            .map(|record| (record, online.contains(&record.client_id)))
+            .filter(|(_, online)| *online || !request.online_only)
+            .map(|(record, online)| views::device(record, online));
         devices.extend(wanted.take(limit as usize - devices.len()));
         if !whole_page || devices.len() == limit as usize {
             return Ok(v1::ListDevicesResponse { devices, total });
@@ -140,7 +147,7 @@ pub async fn get(
         .map_err(super::rollouts::refused)?;
     let events = admin.db.events_of(&device, EVENTS).await.map_err(map::db)?;
     Ok(v1::DeviceDetail {
-        device: Some(views::device(&record, &admin.sessions)),
+        device: Some(shown(admin, &record).await),
         updates: updates.iter().map(views::rollout_device).collect(),
         events: events.into_iter().map(views::event).collect(),
     })
@@ -157,7 +164,7 @@ pub async fn block(
         .devices
         .block(&device, &reason, operator.as_str())
         .await;
-    Ok(views::device(&blocked.map_err(refused)?, &admin.sessions))
+    Ok(shown(admin, &blocked.map_err(refused)?).await)
 }
 
 pub async fn unblock(
@@ -167,7 +174,7 @@ pub async fn unblock(
 ) -> Result<v1::Device, Status> {
     let device = id("client_id", &request.client_id)?;
     let unblocked = admin.devices.unblock(&device, operator.as_str()).await;
-    Ok(views::device(&unblocked.map_err(refused)?, &admin.sessions))
+    Ok(shown(admin, &unblocked.map_err(refused)?).await)
 }
 
 pub async fn remove(
@@ -194,7 +201,7 @@ pub async fn set_events(
         .devices
         .set_hears(&device, request.hears, operator.as_str())
         .await;
-    Ok(views::device(&changed.map_err(refused)?, &admin.sessions))
+    Ok(shown(admin, &changed.map_err(refused)?).await)
 }
 
 pub async fn send_text(
@@ -213,14 +220,40 @@ pub async fn send_text(
     let message = ServerMessage {
         kind: Some(ToDevice::Text(TextMessage { text: request.text })),
     };
-    let outcome = admin.sessions.push(&device, message, 0);
-    tracing::info!(device.id = %device, operator.id = %operator, ?outcome, "An operator sent a text.");
-    let outcome = outcome
-        .as_str_name()
-        .trim_start_matches("PUSH_OUTCOME_")
-        .to_owned();
-    Ok(v1::PushResult {
-        outcome,
-        node_id: admin.about.node_id.to_string(),
-    })
+    let pushed = admin.route.push(&device, message).await;
+    let pushed = pushed.map_err(unreachable)?;
+    tracing::info!(
+        device.id = %device, operator.id = %operator, node.id = %pushed.node, outcome = ?pushed.outcome,
+        "An operator sent a text."
+    );
+    Ok(push_result(pushed))
+}
+
+pub async fn ping(
+    admin: &Admin,
+    _: &OperatorId,
+    request: v1::PingDeviceRequest,
+) -> Result<v1::PushResult, Status> {
+    let device: DeviceId = id("client_id", &request.client_id)?;
+    admin.devices.get(&device).await.map_err(refused)?;
+    let pushed = admin.route.ping(&device).await;
+    Ok(push_result(pushed.map_err(unreachable)?))
+}
+
+fn push_result(pushed: Pushed) -> v1::PushResult {
+    let outcome = pushed.outcome.as_str_name();
+    v1::PushResult {
+        outcome: outcome.trim_start_matches("PUSH_OUTCOME_").to_owned(),
+        node_id: pushed.node.to_string(),
+        answered_us: pushed.answered.map_or(0, in_us),
+    }
+}
+
+fn unreachable(error: PushError) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+async fn shown(admin: &Admin, record: &DeviceRecord) -> v1::Device {
+    let one = std::slice::from_ref(&record.client_id);
+    views::device(record, !admin.route.online(one).await.is_empty())
 }

@@ -1,5 +1,6 @@
 //! `AdminService`: what operators do. Each call is authorised, counted and mapped here; the work is done elsewhere.
 
+mod cluster;
 mod devices;
 mod downloads;
 mod releases;
@@ -24,7 +25,7 @@ use tracing::Instrument as _;
 
 use crate::{
     api::authorize, backup, db::Db, devices::Devices, files::FileStore, limits, metrics as m,
-    releases::Releases, session::Sessions, trust::TrustDocs,
+    releases::Releases, route::Route, session::Sessions, trust::TrustDocs,
 };
 
 /// What the service works with; clones share it.
@@ -36,6 +37,7 @@ pub struct Admin {
     pub releases: Releases,
     pub devices: Devices,
     pub sessions: Sessions,
+    pub route: Route,
     pub about: Arc<About>,
     /// Cancelled when the server drains: long answers end.
     pub stop: CancellationToken,
@@ -53,6 +55,8 @@ pub struct About {
     pub device_addresses: Vec<String>,
     pub node_ca_pem: String,
     pub started_at: Timestamp,
+    /// Where the database is, without a secret.
+    pub database: String,
     pub trust_dir: PathBuf,
     /// On the database's file system.
     pub scratch_dir: PathBuf,
@@ -244,6 +248,17 @@ impl AdminService for Admin {
 
     async fn send_text(&self, request: Request<v1::SendTextRequest>) -> Answer<v1::PushResult> {
         call!(self, request, "SendText", devices::send_text)
+    }
+
+    async fn ping_device(&self, request: Request<v1::PingDeviceRequest>) -> Answer<v1::PushResult> {
+        call!(self, request, "PingDevice", devices::ping)
+    }
+
+    async fn get_cluster_status(
+        &self,
+        request: Request<v1::GetClusterStatusRequest>,
+    ) -> Answer<v1::ClusterStatus> {
+        call!(self, request, "GetClusterStatus", cluster::status)
     }
 
     async fn download_file(

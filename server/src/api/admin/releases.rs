@@ -8,6 +8,7 @@ use super::{Admin, optional_id, views, words};
 use crate::{
     api::status as map,
     releases::PublishError,
+    route::Change,
     trust::{self, Published},
 };
 
@@ -113,6 +114,7 @@ pub async fn publish_trust(
         .publish(&request.envelope, operator.as_str())
         .await
         .map_err(trust_refused)?;
+    admin.route.announce(Change::Trust);
     let lists = match published {
         Published::Root => Vec::new(),
         Published::Revocation(product) => vec![product],
@@ -141,7 +143,7 @@ fn trust_refused(error: trust::PublishError) -> Status {
         error => error,
     };
     let code = match &error {
-        E::Db(_) => Code::Unavailable,
+        E::Db(_) | E::Behind(_) => Code::Unavailable,
         E::Envelope(_) | E::Release | E::Product => Code::InvalidArgument,
         E::Refused(_) => Code::PermissionDenied,
         E::NotNewer { .. } => Code::FailedPrecondition,
@@ -155,7 +157,7 @@ fn trust_refused(error: trust::PublishError) -> Status {
         }
         E::Release => "fwpush release publish FILE --image IMAGE",
         E::NotNewer { .. } => "Make it again from the present list: fwpush keys revoke.",
-        E::Db(_) => "Repeat the command in a while.",
+        E::Db(_) | E::Behind(_) => "Repeat the command in a while.",
     };
     map::with_next(Status::new(code, words(&error)), next)
 }

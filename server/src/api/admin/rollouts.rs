@@ -92,13 +92,12 @@ pub async fn preview(
             .map_err(super::releases::refused)?;
         Arc::new(ReleaseRow::of(&release, "preview", admin.db.now()))
     };
-    let online = |device: &DeviceId| admin.sessions.is_online(device);
     let preview = rollouts::preview(
         &admin.db,
         &release,
         &target(request.target)?,
         action,
-        &online,
+        &admin.route,
     )
     .await;
     Ok(views::preview(preview.map_err(refused)?))
@@ -194,6 +193,8 @@ impl Watcher {
                     return Some((Err(status), None));
                 }
                 changed = self.changes.changed() => changed.ok()?,
+                // Of what other nodes commit only what concerns devices is announced, not their progress.
+                () = tokio::time::sleep(limits::WATCH_ELSEWHERE), if self.admin.db.is_shared() => {}
             }
             match rollouts::get(&self.admin.db, &self.rollout).await {
                 Ok(now) => {

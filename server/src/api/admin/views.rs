@@ -9,7 +9,6 @@ use crate::{
     ingest::ReportError,
     rollout::RolloutAction,
     rollouts::{Preview, RolloutDeviceRow, RolloutView},
-    session::Sessions,
     trust::TrustDocs,
 };
 
@@ -58,8 +57,7 @@ fn running(image: &RunningImage) -> v1::RunningImage {
     }
 }
 
-pub fn device(record: &DeviceRecord, sessions: &Sessions) -> v1::Device {
-    let online = sessions.is_online(&record.client_id);
+pub fn device(record: &DeviceRecord, online: bool) -> v1::Device {
     v1::Device {
         client_id: record.client_id.to_string(),
         product: record.product.to_string(),

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::super::*;
-use crate::{db::testing::*, desired::DesiredAction, rollout::Phase};
+use crate::{
+    db::testing::*, desired::DesiredAction, rollout::Phase, route::Route, session::Sessions,
+};
 use Phase::{Cancelled, Pending, Succeeded};
 
 on_postgres_too!(
@@ -161,13 +163,15 @@ async fn a_preview_names_who_is_left_out_and_why_and_the_rollout_agrees() {
         "new", "fits", "newer", "already", "floor", "old", "agent", "blocked", "board-b", "beta",
         "sensor", "x",
     ]);
-    let online = |id: &DeviceId| id.as_str() == "fits";
+    let sessions = Sessions::new(bench.db.now());
+    let _online = sessions.claim(&id("fits"), &"gateway".parse().unwrap(), None, vec![]);
+    let route = Route::alone("node-1".parse().unwrap(), sessions);
     let seen = preview(
         &bench.db,
         &release,
         &Target::Devices(everyone.clone()),
         RolloutAction::Install,
-        &online,
+        &route,
     )
     .await
     .unwrap();
@@ -203,7 +207,7 @@ async fn a_preview_names_who_is_left_out_and_why_and_the_rollout_agrees() {
         &release,
         &Target::All,
         RolloutAction::Rollback,
-        &online,
+        &route,
     )
     .await
     .unwrap();

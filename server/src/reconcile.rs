@@ -1,0 +1,130 @@
+//! What other nodes have changed of what this one keeps in memory: heard from them, and compared with SQL now and then.
+//!
+//! Hearing of a change makes it quick, comparing makes it certain. Nothing here needs Redis.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use fwpush_keys::id::DeviceId;
+use tokio::sync::mpsc;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    access::Access,
+    db::{Db, DbError, Standing},
+    devices::Devices,
+    limits,
+    route::Change,
+    session::Sessions,
+    trust::{LoadError, TrustDocs},
+};
+
+/// What is compared; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Reconcile {
+    pub db: Db,
+    pub access: Access,
+    pub sessions: Sessions,
+    pub devices: Devices,
+    pub trust: TrustDocs,
+    pub tasks: Arc<TaskTracker>,
+}
+
+/// Why a comparison ended early; the next one does the rest.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error("compare with the database")]
+    Db(#[from] DbError),
+    #[error("compare the trust documents")]
+    Trust(#[from] LoadError),
+}
+
+impl Reconcile {
+    /// Looks at what `news` says at once, and at everything every [`limits::RECONCILE`], until `stop`.
+    ///
+    /// The sender is kept, so that a server without a cluster has news that never comes and not news that has ended.
+    pub(crate) async fn run(
+        self,
+        (_sender, mut news): (mpsc::Sender<Change>, mpsc::Receiver<Change>),
+        stop: CancellationToken,
+    ) {
+        let mut pause = next_pause();
+        loop {
+            let change = tokio::select! {
+                () = stop.cancelled() => return,
+                Some(change) = news.recv() => change,
+                () = tokio::time::sleep(pause) => Change::Everything,
+            };
+            if change == Change::Everything {
+                pause = next_pause();
+            }
+            match self.look(&change).await {
+                Ok(()) => {}
+                Err(Failed::Db(DbError::Closed)) => return,
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "What other nodes changed is looked at later."
+                    );
+                }
+            }
+        }
+    }
+
+    async fn look(&self, change: &Change) -> Result<(), Failed> {
+        match change {
+            Change::Rollouts => self.db.nudges().committed_elsewhere(),
+            Change::Device(device) => self.compare_devices(std::slice::from_ref(device)).await?,
+            Change::Trust => self.trust.reload().await?,
+            Change::Everything => {
+                self.db.nudges().committed_elsewhere();
+                self.trust.reload().await?;
+                self.devices.refuse_blocked().await?;
+                for some in self.access.connected().chunks(limits::ENROL_ROWS) {
+                    self.compare_devices(some).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocked and removed devices are not served any more, nor those with an older certificate; the others hear what they may.
+    async fn compare_devices(&self, devices: &[DeviceId]) -> Result<(), Failed> {
+        let found = self.db.standings(devices).await?;
+        let known: HashSet<&DeviceId> = found.iter().map(|standing| &standing.device).collect();
+        for gone in devices.iter().filter(|device| !known.contains(device)) {
+            self.access.unblock(gone);
+            self.end(gone, "was removed");
+        }
+        for standing in &found {
+            self.compare(standing);
+        }
+        Ok(())
+    }
+
+    fn compare(&self, standing: &Standing) {
+        let device = &standing.device;
+        if standing.blocked {
+            self.access.block(device);
+            return self.end(device, "was blocked");
+        }
+        self.access.unblock(device);
+        self.access
+            .hang_up_others(device, standing.cert_fingerprint.as_deref());
+        self.sessions.update_hears(device, &standing.hears);
+    }
+
+    fn end(&self, device: &DeviceId, why: &'static str) {
+        if !self.access.is_connected(device) {
+            return;
+        }
+        tracing::info!(device.id = %device, why, "A device is not served any more: another node says so.");
+        let (devices, device) = (self.devices.clone(), device.clone());
+        // Its last words take a moment, in which others must not wait.
+        self.tasks
+            .spawn(async move { devices.end_streams(&device).await });
+    }
+}
+
+fn next_pause() -> Duration {
+    limits::RECONCILE.mul_f64(rand::random_range(0.8..1.2))
+}
