@@ -17,7 +17,7 @@ use fwpush_keys::{
     FileId, Role, error_text,
     tls::{Bar, Credentials, certificates_from_pem, server_config},
 };
-use fwpush_server::{Config, files::FileStore};
+use fwpush_server::{Config, files::LocalStore};
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body, Frame};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
@@ -58,8 +58,8 @@ impl Reference {
             &config.trust_domain,
             Bar::none(),
         )?;
-        let store = FileStore::open(&config.files_dir()?)
-            .map_err(|error| anyhow::anyhow!(error_text(&error)))?;
+        let dir = config.files_dir()?.context("the images are in a bucket")?;
+        let store = LocalStore::open(&dir).map_err(|error| anyhow::anyhow!(error_text(&error)))?;
         let stored = store
             .get(file)
             .map_err(|error| anyhow::anyhow!(error_text(&error)))?;

@@ -44,7 +44,7 @@ pub async fn run(context: &Context, args: &BackupArgs) -> Result<()> {
         .prefix(".backup-")
         .tempfile_in(disk::parent_of(file))
         .doing(what)?;
-    let size = receive(&client, &mut archive).await?;
+    let (size, without) = receive(&client, &mut archive).await?;
     if !is_whole(archive.as_file_mut()).doing(what)? {
         return Err(Failure::new("the backup ended early")
             .next("Look at the server's log, then repeat the command."));
@@ -56,18 +56,24 @@ pub async fn run(context: &Context, args: &BackupArgs) -> Result<()> {
         .doing(what)?;
     disk::sync_dir(disk::parent_of(file)).doing(what)?;
     context.out.data(
-        || json!({ "file": file, "bytes": size }),
+        || json!({ "file": file, "bytes": size, "without": without }),
         || {
-            format!(
+            let mut text = format!(
                 "Wrote {} ({}). It has no private keys: keep server/pki apart.\n",
                 file.display(),
                 bytes(size)
-            )
+            );
+            if !without.is_empty() {
+                text.push_str(&without);
+                text.push('\n');
+            }
+            text
         },
     )
 }
 
-async fn receive(client: &Client, archive: &mut NamedTempFile) -> Result<u64> {
+/// Gives the size, and what the server says is not in it.
+async fn receive(client: &Client, archive: &mut NamedTempFile) -> Result<(u64, String)> {
     let refused = |status: Status| client.refused("back the server up", &status);
     let silent = || Status::unavailable("the server sends nothing any more");
     let mut admin = client.admin();
@@ -79,18 +85,22 @@ async fn receive(client: &Client, archive: &mut NamedTempFile) -> Result<u64> {
         .into_inner();
     let bar = progress::byte_bar("receiving", 0);
     let mut patience = FIRST_PIECE;
+    let mut without = String::new();
     loop {
         let piece = tokio::time::timeout(patience, pieces.message()).await;
         let Some(piece) = piece.map_err(|_| refused(silent()))?.map_err(refused)? else {
             bar.finish_and_clear();
-            return Ok(bar.position());
+            return Ok((bar.position(), without));
         };
         archive
             .write_all(&piece.content)
             .doing(|| "write the backup".to_owned())?;
         bar.inc_length(piece.content.len() as u64);
         bar.inc(piece.content.len() as u64);
-        patience = NEXT_PIECE;
+        if !piece.content.is_empty() {
+            patience = NEXT_PIECE;
+        }
+        without.push_str(&piece.without);
     }
 }
 

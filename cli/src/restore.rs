@@ -8,7 +8,11 @@ use std::{
 };
 
 use fwpush_keys::{FileId, Root, Timestamp, Verified};
-use fwpush_server::{Config, StartError, db::Place, files::FileStore};
+use fwpush_server::{
+    Config, StartError,
+    db::Place,
+    files::{FilesPlace, LocalStore},
+};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -70,7 +74,7 @@ impl Entry {
 /// Where a server keeps what is restored.
 struct Places {
     database: PathBuf,
-    files: PathBuf,
+    files: FilesPlace,
     first_root: PathBuf,
 }
 
@@ -131,7 +135,19 @@ pub async fn restore(config: &Config, archive: &Path, force: bool) -> Result<Res
         .next("Add --force to move it aside and put the backup in its place."));
     }
     // Everything is read and judged once before anything is written for good.
-    let first_root = check(&mut file, archive)?;
+    let (first_root, images) = check(&mut file, archive)?;
+    if images > 0
+        && let bucket @ FilesPlace::S3(_) = &places.files
+    {
+        return Err(Failure::new(format!(
+            "the backup has {}, and the image store is {bucket}",
+            plural(images, "image")
+        ))
+        .next(
+            "Restore it with `[files] url = \"file:...\"`, copy that directory to the bucket (docs/operating.md), then set the url \
+             again.",
+        ));
+    }
     let root_differs = root_differs(&places.first_root, &first_root)?;
     if root_differs && !force {
         return Err(Failure::new(format!("the backup's first root is not {}", places.first_root.display())).next(
@@ -180,7 +196,7 @@ fn places(config: &Config) -> Result<Places> {
     Ok(Places {
         database,
         files: config
-            .files_dir()
+            .files_place()
             .doing(|| "find the image store".to_owned())?,
         first_root: config.trust.dir.join("1.root.json"),
     })
@@ -204,9 +220,9 @@ fn root_differs(path: &Path, restored: &[u8]) -> Result<bool> {
     }
 }
 
-/// Looks at every entry without writing any. Returns the first root, which must be one.
-fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
-    let (mut databases, mut roots) = (0, Vec::new());
+/// Looks at every entry without writing any. Returns the first root, which must be one, and how many images there are.
+fn check(file: &mut File, archive: &Path) -> Result<(Vec<u8>, u64)> {
+    let (mut databases, mut images, mut roots) = (0, 0, Vec::new());
     each(file, archive, |entry, _, content| {
         match entry {
             Entry::Database => {
@@ -228,7 +244,8 @@ fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
                     .doing(|| "read the root".to_owned())?;
                 roots.push(bytes);
             }
-            Entry::Image(_) | Entry::Outline => {}
+            Entry::Image(_) => images += 1,
+            Entry::Outline => {}
         }
         Ok(())
     })?;
@@ -241,7 +258,7 @@ fn check(file: &mut File, archive: &Path) -> Result<Vec<u8>> {
         .next("Take another copy, made by `fwpush backup`; nothing was changed."));
     };
     Verified::<Root>::bootstrap(root).doing(|| "check the backup's root document".to_owned())?;
-    Ok(root.clone())
+    Ok((root.clone(), images))
 }
 
 /// Writes the images to the store and the database to a temporary directory beside its place.
@@ -261,8 +278,14 @@ fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(TempDir, 
         .mode(0o600)
         .open(workshop.path().join(DATABASE))
         .doing(what)?;
-    let store = FileStore::open(&places.files)
-        .doing(|| format!("open the image store {}", places.files.display()))?;
+    let store = match &places.files {
+        FilesPlace::Directory { path, .. } => {
+            let store = LocalStore::open(path);
+            Some(store.doing(|| format!("open the image store {}", path.display()))?)
+        }
+        // Its images never left it.
+        FilesPlace::S3(_) => None,
+    };
     let mut images = 0;
     each(file, archive, |entry, size, content| {
         match entry {
@@ -270,8 +293,10 @@ fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(TempDir, 
                 io::copy(content, &mut database).doing(|| "write the database".to_owned())?;
             }
             Entry::Image(id) => {
-                put(&store, id, size, content)?;
-                images += 1;
+                if let Some(store) = &store {
+                    put(store, id, size, content)?;
+                    images += 1;
+                }
             }
             Entry::FirstRoot | Entry::Outline => {}
         }
@@ -281,7 +306,7 @@ fn unpack(file: &mut File, archive: &Path, places: &Places) -> Result<(TempDir, 
 }
 
 /// Adds an image to the store, which hashes it: bytes that do not fit their name are refused.
-fn put(store: &FileStore, id: FileId, size: u64, content: &mut dyn Read) -> Result<()> {
+fn put(store: &LocalStore, id: FileId, size: u64, content: &mut dyn Read) -> Result<()> {
     let what = || format!("restore image {id}");
     // What an unfinished upload of it had brought is of no use beside the whole image.
     store.discard(&id).doing(what)?;
@@ -439,9 +464,26 @@ mod tests {
         assert!(left.is_empty(), "{left:?}");
         assert!(fs::read(database_of(&config)).unwrap().starts_with(SQLITE));
         let (content, id) = image();
-        let store = FileStore::open(&config.files_dir().unwrap()).unwrap();
+        let store = LocalStore::open(&config.files_dir().unwrap().unwrap()).unwrap();
         let stored = store.get(&id).unwrap().unwrap();
         assert_eq!(stored.content.slice(0..content.len()).unwrap(), content);
+    }
+
+    #[tokio::test]
+    async fn images_of_a_backup_are_not_left_out_where_they_belong_into_a_bucket() {
+        let (_home, mut config) = installation();
+        config.files.url = "s3://images".to_owned();
+        config.files.region = Some("eu-north-1".to_owned());
+        config.files.access_key_id = Some("id".to_owned());
+        config.files.secret_key_file = Some("secret".into());
+        let (_dir, archive) = backup(&config, |_| {}).await;
+        let failure = restore(&config, &archive, false).await.unwrap_err();
+        let words = failure.to_string();
+        assert!(
+            words.contains("1 image, and the image store is s3://images"),
+            "{words}"
+        );
+        assert!(!database_of(&config).exists());
     }
 
     #[tokio::test]

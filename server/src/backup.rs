@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! fwpush.db                 the database, copied in one read transaction (VACUUM INTO)
-//! files/ab/abcd...          every image and its outline
+//! files/ab/abcd...          every image and its outline; none where the images are in a bucket
 //! trust/1.root.json         the first root
 //! ```
 //! Private keys are not in it: back up `server/pki` once, apart, when they are made.
@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     db::{Db, DbError},
-    files::FileStore,
+    files::LocalStore,
 };
 
 /// Bytes of one piece of the archive.
@@ -38,10 +38,12 @@ pub enum BackupError {
 
 /// Makes the archive piece by piece into `out`; a receiver that is gone ends it.
 ///
+/// `images` is the image store; `None`: it is a bucket, which outlives this server and is backed up as buckets are.
+///
 /// `scratch` is a directory on the database's own file system with room for a copy of it.
 pub async fn run(
     db: &Db,
-    store: &FileStore,
+    images: Option<&LocalStore>,
     trust_dir: &Path,
     scratch: &Path,
     out: mpsc::Sender<Bytes>,
@@ -52,8 +54,9 @@ pub async fn run(
     let copy = dir.path().join("fwpush.db");
     db.vacuum_into(&copy).await?;
     // Listed after the copy: files are never changed, so all that the copy names are among them.
-    let (store, root) = (store.clone(), trust_dir.join("1.root.json"));
-    let packed = tokio::task::spawn_blocking(move || pack(&copy, &root, &store, out)).await;
+    let (images, root) = (images.cloned(), trust_dir.join("1.root.json"));
+    let packed =
+        tokio::task::spawn_blocking(move || pack(&copy, &root, images.as_ref(), out)).await;
     packed.map_err(io::Error::other)??;
     Ok(())
 }
@@ -74,7 +77,7 @@ pub fn forget_left(scratch: &Path) -> io::Result<()> {
 fn pack(
     database: &Path,
     root: &Path,
-    store: &FileStore,
+    images: Option<&LocalStore>,
     out: mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
     let pieces = io::BufWriter::with_capacity(PIECE_BYTES, Pieces(out));
@@ -82,14 +85,16 @@ fn pack(
     let mut add = |name: PathBuf, path: &Path| archive.append_file(name, &mut File::open(path)?);
     add("fwpush.db".into(), database)?;
     add("trust/1.root.json".into(), root)?;
-    for id in store.list()? {
-        let name = id.to_string();
-        let shard = Path::new("files").join(&name[..2]);
-        add(shard.join(&name), &store.path(&id))?;
-        add(
-            shard.join(format!("{name}.outline")),
-            &store.outline_path(&id),
-        )?;
+    if let Some(images) = images {
+        for id in images.list()? {
+            let name = id.to_string();
+            let shard = Path::new("files").join(&name[..2]);
+            add(shard.join(&name), &images.path(&id))?;
+            add(
+                shard.join(format!("{name}.outline")),
+                &images.outline_path(&id),
+            )?;
+        }
     }
     archive
         .into_inner()?

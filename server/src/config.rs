@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::{
     db::{Options, Place, PlaceError, TlsMode},
+    files::{Files, FilesError, FilesPlace},
     limits,
     route::{self, RedisPlace},
 };
@@ -141,21 +142,6 @@ impl Default for Database {
 pub const DATABASE_URL: &str = "FWPUSH_DATABASE_URL";
 pub const DATABASE_PASSWORD_FILE: &str = "FWPUSH_DATABASE_PASSWORD_FILE";
 
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Files {
-    /// `file:<directory>`.
-    pub url: String,
-}
-
-impl Default for Files {
-    fn default() -> Self {
-        Self {
-            url: "file:data/files".into(),
-        }
-    }
-}
-
 /// What the nodes of a cluster share beside the database and the images, and how they reach one another. The environment decides
 /// before the file: [`REDIS_URL`], [`REDIS_PASSWORD_FILE`], [`NODE_ID`], [`ADVERTISE_ADDR`].
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -247,6 +233,10 @@ impl Config {
         if let Some(file) = env(DATABASE_PASSWORD_FILE) {
             config.database.password_file = Some(file.into());
         }
+        config
+            .files
+            .overlay(env)
+            .map_err(|error| config.files_problem(error))?;
         config.take_cluster(env)?;
         let base = path.parent().unwrap_or(Path::new("")).to_owned();
         let pki = &mut config.pki;
@@ -319,7 +309,7 @@ impl Config {
             0,
             3_600,
         )?;
-        self.files_dir()?;
+        self.files_place()?;
         self.place()?;
         self.membership()?;
         if !self
@@ -333,15 +323,23 @@ impl Config {
         Ok(())
     }
 
-    /// Directory of the image store.
-    pub fn files_dir(&self) -> Result<PathBuf, ConfigError> {
-        match self.files.url.strip_prefix("file:") {
-            Some(path) if !path.is_empty() => Ok(self.base().join(path)),
-            _ => Err(self.problem(
-                "files.url",
-                "must begin with `file:` followed by a directory".to_owned(),
-            )),
-        }
+    /// Where the images are.
+    pub fn files_place(&self) -> Result<FilesPlace, ConfigError> {
+        self.files
+            .place(self.base())
+            .map_err(|error| self.files_problem(error))
+    }
+
+    /// Directory of the image store; `None`: it is a bucket.
+    pub fn files_dir(&self) -> Result<Option<PathBuf>, ConfigError> {
+        Ok(match self.files_place()? {
+            FilesPlace::Directory { path, .. } => Some(path),
+            FilesPlace::S3(_) => None,
+        })
+    }
+
+    fn files_problem(&self, FilesError { key, problem }: FilesError) -> ConfigError {
+        self.problem(key, problem)
     }
 
     /// Where the database is.
@@ -413,6 +411,12 @@ impl Config {
                 .to_owned();
             return Err(self.problem("cluster.redis_url", problem));
         }
+        if !self.files_place()?.is_shared() {
+            let problem = "is a directory of this node, and the nodes of a cluster share their images: set it to an `s3:` one, or \
+                `shared = true` beside it where all nodes have the directory (NFS)"
+                .to_owned();
+            return Err(self.problem("files.url", problem));
+        }
         match advertise_addr {
             Some(address) if is_host_and_port(address) => Ok(Some(Membership {
                 redis,
@@ -473,8 +477,8 @@ mod tests {
         let config = parse(LEAST).unwrap();
         assert_eq!(config.pki.key, Path::new("/etc/fwpush/pki/node.key"));
         assert_eq!(
-            config.files_dir().unwrap(),
-            Path::new("/etc/fwpush/data/files")
+            config.files_dir().unwrap().as_deref(),
+            Some(Path::new("/etc/fwpush/data/files"))
         );
     }
 
@@ -503,6 +507,12 @@ mod tests {
         assert!(sqlite.contains("`[database] url`"), "{sqlite}");
         let postgres =
             "[database]\nurl = \"postgres://fw@db/fw\"\n[cluster]\nredis_url = \"redis://cache\"\n";
+        let alone = refused(&format!("{postgres}advertise_addr = \"fw-1:7444\"\n"));
+        assert!(
+            alone.contains("`files.url`") && alone.contains("shared = true"),
+            "{alone}"
+        );
+        let postgres = &format!("[files]\nshared = true\n{postgres}");
         let unreachable = refused(postgres);
         assert!(
             unreachable.contains("`cluster.advertise_addr` is missing"),
@@ -515,7 +525,7 @@ mod tests {
     #[test]
     fn one_file_serves_all_nodes_by_the_environment() {
         let text = format!(
-            "{LEAST}[database]\nurl = \"postgres://fw@db/fw\"\n[cluster]\nnode_id = \"n2\"\n"
+            "{LEAST}[files]\nshared = true\n[database]\nurl = \"postgres://fw@db/fw\"\n[cluster]\nnode_id = \"n2\"\n"
         );
         let path = Path::new("/etc/fwpush/fwpush.toml");
         let alone = Config::parse(&text, path, |_| None).unwrap();

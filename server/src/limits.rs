@@ -156,6 +156,54 @@ pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
 /// Partial uploads are forgotten after a week without a new byte.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
 
+/// Bytes of images from a bucket that are kept on a node's disk, unless the configuration says otherwise: twenty images of 1 GB,
+/// which is more releases than a fleet runs at once.
+pub const CACHE_BYTES: u64 = 20 << 30;
+
+/// Images fetched from the bucket at once: one fills a line of 1 Gbit/s, and each holds a piece of 1 MiB in memory.
+pub const FETCHES: usize = 4;
+
+/// Cached images that are hashed at once before their first use, at 1 GB/s and more each.
+pub const CACHE_CHECKS: usize = 2;
+
+/// A device waits this long for a fetch: 250 MB at 1 Gbit/s are 2 s. It stays below the agent's patience for a first byte; who waits
+/// longer is told to come back, and the fetch goes on.
+pub const FETCH_WAIT: Duration = Duration::from_secs(8);
+
+/// After a fetch that failed, the bucket is left alone for this long: thousands of devices come back every 5 s.
+pub const FETCH_PAUSE: Duration = Duration::from_secs(2);
+
+/// The same where the bucket holds wrong bytes, which costs a whole download to find out again.
+pub const DAMAGED_PAUSE: Duration = Duration::from_secs(60);
+
+/// Outcomes of fetches that are remembered; more are swept of those that count no more.
+pub const FETCH_MEMORY: usize = 1_024;
+
+/// What is checked and written at once of a file that arrives: whole groups of 64 KiB.
+pub const FETCH_PIECE_BYTES: usize = 1 << 20;
+
+/// One part of an upload to a bucket: S3 takes 10,000 of them, each but the last of 5 MiB or more, and so 78 GiB, above
+/// [`FILE_BYTES`]. Two at once keep a line busy between two answers; with four uploads they are 64 MiB of memory.
+pub const S3_PART_BYTES: usize = 8 << 20;
+pub const S3_PARTS_AT_ONCE: usize = 2;
+
+/// A bucket that is silent for this long while it should send or answer is given up: a part in 60 s is 140 KB/s.
+pub const S3_STALL: Duration = Duration::from_secs(60);
+pub const S3_CONNECT: Duration = Duration::from_secs(5);
+
+/// A request is repeated this often, and not after this long; the caller knows best what to do then.
+pub const S3_RETRIES: usize = 3;
+pub const S3_RETRY_TIME: Duration = Duration::from_secs(20);
+
+/// S3 keys have 1,024 bytes; ours need 76 behind the prefix.
+pub const S3_PREFIX_BYTES: usize = 512;
+
+/// A presigned URL opens the file to whoever has it: long enough for one attempt over a slow line, as a device asks for a fresh one.
+pub const PRESIGNED_LIFE: Duration = Duration::from_secs(3_600);
+
+/// How often a server looks whether its image store is there, and how long that may take.
+pub const FILES_WATCH: Duration = Duration::from_secs(5);
+
 /// How far ahead of the database a device's generation can be: a restored backup is behind by the changes since it was made,
 /// one or two for each rollout. Devices follow no further either.
 pub const GENERATION_STEP: u64 = 1 << 24;
@@ -413,3 +461,13 @@ pub const TAKEOVERS_KEPT: usize = TAKEOVERS + 3;
 
 /// Devices of a copied identity are asked to wait up to this before they come back: so long that they hardly disturb one another.
 pub const CLONED_SPREAD: Duration = Duration::from_secs(300);
+
+// Pieces are checked by group, parts are read by group.
+const _: () = assert!(
+    FETCH_PIECE_BYTES.is_multiple_of(65_536) && S3_PART_BYTES.is_multiple_of(65_536),
+    "whole groups"
+);
+const _: () = assert!(
+    FILE_BYTES / S3_PART_BYTES as u64 <= 10_000,
+    "S3 takes 10,000 parts"
+);

@@ -28,6 +28,17 @@ pub const REDIS_SECONDS: &str = "fwpush_redis_answer_seconds";
 pub const DATABASE_UP: &str = "fwpush_database_up";
 pub const DATABASE_SECONDS: &str = "fwpush_database_answer_seconds";
 
+pub const FILES_UP: &str = "fwpush_files_up";
+pub const FILES_SECONDS: &str = "fwpush_files_answer_seconds";
+pub const FILES_FETCHED: &str = "fwpush_files_fetched_total";
+pub const FILES_EVICTED: &str = "fwpush_files_evicted_total";
+pub const FILES_CACHED: &str = "fwpush_files_cache_bytes";
+
+/// What a look at the image store came to: how long it took, or None.
+pub fn files_answered(took: Option<Duration>) {
+    answered(FILES_UP, FILES_SECONDS, took);
+}
+
 /// What a look at the database came to: how long it took, or None.
 pub fn db_answered(took: Option<Duration>) {
     answered(DATABASE_UP, DATABASE_SECONDS, took);
@@ -114,6 +125,25 @@ fn describe() {
         REDIS_SECONDS,
         Unit::Seconds,
         "Time of a small question to Redis, asked every few seconds."
+    );
+    describe_gauge!(FILES_UP, "1 while the image store answers, else 0.");
+    describe_histogram!(
+        FILES_SECONDS,
+        Unit::Seconds,
+        "Time of a small question to the image store, asked every few seconds."
+    );
+    describe_counter!(
+        FILES_FETCHED,
+        "Images fetched from the bucket into this node's cache, by outcome."
+    );
+    describe_counter!(
+        FILES_EVICTED,
+        "Images removed from this node's cache to make room."
+    );
+    describe_gauge!(
+        FILES_CACHED,
+        Unit::Bytes,
+        "Bytes in this node's cache of images, with what is on its way."
     );
     describe_counter!(OPERATOR_CALLS, "Calls of operators, by method and outcome.");
 }

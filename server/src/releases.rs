@@ -12,7 +12,7 @@ use fwpush_keys::{
 
 use crate::{
     db::{Db, DbError, Published, ReleaseRow},
-    files::FileStore,
+    files::{FileStore, StoreError},
     limits,
     trust::{TrustDocs, product_of},
 };
@@ -58,6 +58,9 @@ pub enum PublishError {
     IdTaken(String),
     #[error(transparent)]
     Db(#[from] DbError),
+    /// Whether it has the files cannot be said now.
+    #[error(transparent)]
+    Store(StoreError),
     #[error("the file name is empty, longer than 255 bytes, or has a slash or control characters")]
     FileName,
 }
@@ -102,7 +105,7 @@ impl Releases {
         self.trust.root().check_expiry(now)?;
         self.check_times(&release, now)?;
         self.check_revocation(&release)?;
-        self.check_files(&release)?;
+        self.check_files(&release).await?;
         check_name(file_name)?;
         let row = ReleaseRow::of(&release, file_name, now);
         let files: Vec<FileId> = release.file_ids().collect();
@@ -160,13 +163,14 @@ impl Releases {
         }
     }
 
-    fn check_files(&self, release: &Release) -> Result<(), PublishError> {
+    async fn check_files(&self, release: &Release) -> Result<(), PublishError> {
         for encoding in &release.image().encodings {
             let file = encoding.blake3.to_string();
-            let Ok(Some(stored)) = self.store.get(&encoding.blake3) else {
-                return Err(PublishError::Missing(file));
+            let found = match self.store.size(&encoding.blake3).await {
+                Ok(Some(found)) => found,
+                Err(error) if error.passes() => return Err(PublishError::Store(error)),
+                Ok(None) | Err(_) => return Err(PublishError::Missing(file)),
             };
-            let found = stored.content.len() as u64;
             if found != encoding.size {
                 return Err(PublishError::Size {
                     file,

@@ -132,7 +132,7 @@ impl Server {
             &read(&config.pki.device_ca_key)?,
         )?;
         let db = Db::open(&config.place()?).await?;
-        let store = FileStore::open(&config.files_dir()?)?;
+        let store = FileStore::open(&config.files_place()?).await?;
         if let Err(error) = backup::forget_left(&config.data_dir()) {
             // It costs room and nothing else.
             tracing::warn!(%error, "What backups that were cut off left behind could not be removed.");
@@ -236,7 +236,12 @@ impl Server {
             backups: Arc::new(Semaphore::new(1)),
         };
         tokio::spawn(forget_old_uploads(store.clone(), engine_stop.clone()));
-        let downloads = Downloads::new(db.clone(), store, access.clone(), config.limits.downloads);
+        let downloads = Downloads::new(
+            db.clone(),
+            store.clone(),
+            access.clone(),
+            config.limits.downloads,
+        );
         let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, app| {
             Arc::new(Listener {
                 name,
@@ -283,9 +288,11 @@ impl Server {
             };
             tokio::spawn(reconcile.run((news, heard), engine_stop.clone()));
         }
+        tokio::spawn(watch_files(store.clone(), engine_stop.clone()));
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id, database = %config.place()?,
+            files = %config.files_place()?,
             "The server accepts connections."
         );
         Ok(Running {
@@ -332,7 +339,7 @@ impl Running {
         let moved = config.listen.devices != self.config.listen.devices
             || config.listen.operators != self.config.listen.operators
             || config.place()? != self.config.place()?
-            || config.files.url != self.config.files.url
+            || config.files != self.config.files
             || config.membership()? != self.config.membership()?;
         if moved {
             tracing::warn!(
@@ -417,6 +424,7 @@ fn about(config: &Config, addresses: Addresses) -> Result<About, StartError> {
         node_ca_pem: read(&config.pki.node_ca)?,
         started_at: Timestamp::now(),
         database: config.place()?.to_string(),
+        files: config.files_place()?.to_string(),
         trust_dir: config.trust.dir.clone(),
         scratch_dir: config.data_dir(),
     })
@@ -508,7 +516,7 @@ async fn forget_old_uploads(store: FileStore, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
         }
-        let store = store.clone();
+        let store = store.uploads().clone();
         let forgot = tokio::task::spawn_blocking(move || store.forget_old_uploads()).await;
         if let Ok(Err(error)) = forgot {
             tracing::warn!(%error, "Old uploads stay a while longer.");
@@ -576,6 +584,42 @@ fn note(
         (false, Ok(_)) => tracing::info!("{article}{name} is back."),
         _ => {}
     }
+}
+
+/// Notes when the image store goes away and when it is back. What is on this node is served all the while.
+async fn watch_files(store: FileStore, stop: CancellationToken) {
+    let mut round = tokio::time::interval(limits::FILES_WATCH);
+    let mut up = true;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = round.tick() => {}
+        }
+        let asked = Instant::now();
+        let answer = timeout(limits::FILES_WATCH, store.check()).await;
+        metrics::files_answered(matches!(answer, Ok(Ok(()))).then(|| asked.elapsed()));
+        let problem = match answer {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error_chain(&error)),
+            Err(_) => Some(format!(
+                "no answer within {} s",
+                limits::FILES_WATCH.as_secs()
+            )),
+        };
+        match (std::mem::replace(&mut up, problem.is_none()), problem) {
+            (true, Some(problem)) => tracing::error!(
+                problem,
+                "The image store is away: images that are cached here are served, others wait for it."
+            ),
+            (false, None) => tracing::info!("The image store is back."),
+            _ => {}
+        }
+    }
+}
+
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Tells the database now and then which devices live; a heartbeat is never a write.

@@ -8,6 +8,8 @@ mod loopback;
 mod postgres;
 mod process;
 mod redis;
+#[cfg(feature = "s3")]
+pub mod s3;
 mod user;
 
 pub use loopback::own_host;

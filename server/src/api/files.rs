@@ -164,11 +164,7 @@ impl Downloads {
     }
 
     async fn open(&self, id: FileId) -> Result<Arc<StoredFile>, Status> {
-        let store = self.store.clone();
-        let file = tokio::task::spawn_blocking(move || store.get(&id))
-            .await
-            .map_err(|_| Status::internal("the file store failed"))?;
-        match file {
+        match self.store.get(&id).await {
             Ok(Some(file)) => Ok(file),
             Ok(None) => {
                 tracing::error!(file = %id, "A published file is not in the store.");

@@ -32,6 +32,14 @@ pub fn with_next(mut status: Status, next: impl AsRef<str>) -> Status {
     status
 }
 
+/// What was asked for is not to be had now; the peer is told when to ask again.
+fn ask_again(why: impl Into<String>) -> Status {
+    let mut status = Status::unavailable(why);
+    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
+    status.metadata_mut().insert("retry-after-ms", retry.into());
+    status
+}
+
 /// Too much now; the device is told when to ask again.
 pub fn try_later(why: impl Into<String>) -> Status {
     let mut status = Status::new(Code::ResourceExhausted, why);
@@ -44,7 +52,11 @@ pub fn try_later(why: impl Into<String>) -> Status {
 pub fn store(error: StoreError) -> Status {
     let words = error.to_string();
     let code = match error {
-        StoreError::Io { .. } | StoreError::Open(_) => {
+        StoreError::Io { .. }
+        | StoreError::Open(_)
+        | StoreError::Config { .. }
+        | StoreError::Client { .. }
+        | StoreError::CacheInUse { .. } => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "The file store failed."
@@ -55,6 +67,20 @@ pub fn store(error: StoreError) -> Status {
             tracing::error!(error = words, "The file store failed.");
             return Status::data_loss("the stored file is damaged; the server's log says more");
         }
+        StoreError::Away { .. } | StoreError::Refused { .. } | StoreError::NoBucket { .. } => {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "The image store failed."
+            );
+            return ask_again(
+                "the image store does not answer as it should now; the server's log says more",
+            );
+        }
+        // Logged where it was found out.
+        StoreError::NotHereNow | StoreError::AboveCache { .. } => {
+            return ask_again("the file is not on this node now; try again later");
+        }
+        StoreError::Stopping => Code::Unavailable,
         StoreError::UploadBusy => Code::Aborted,
         StoreError::WrongOffset { .. } => Code::FailedPrecondition,
         StoreError::TooLong { .. } | StoreError::TooShort { .. } | StoreError::Size => {

@@ -1,4 +1,4 @@
-//! The image store on the local file system.
+//! Images in a directory: a store of its own, or the cache of a bucket.
 //!
 //! ```text
 //! <root>/ab/abcd...          the file, named by its BLAKE3 hash
@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     fs::{self, File, OpenOptions},
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::SystemTime,
@@ -19,45 +19,18 @@ use std::{
 
 use fwpush_keys::{
     id::FileId,
-    outline::{Outline, outline_of},
+    outline::{GROUP_BYTES, Outline, outline_of},
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{files::Mapped, limits};
+use crate::{
+    files::{Mapped, StoreError},
+    limits,
+};
 
-/// What to do about a stored file that is not whole any more.
-pub const RESTORE_HINT: &str = "it was cut short, or its disk cannot read it; publish its release again with --image, or restore a backup";
-
-/// What went wrong in the store; the path stands in the source, for the log and not for the peer.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error("{operation} file {file}")]
-    Io {
-        operation: &'static str,
-        file: FileId,
-        source: io::Error,
-    },
-    #[error("stored file {0} is damaged: {hint}", hint = RESTORE_HINT)]
-    Damaged(FileId),
-    #[error("prepare the file store")]
-    Open(#[source] io::Error),
-    #[error("another upload of this file is under way")]
-    UploadBusy,
-    #[error("the upload holds {received} bytes; it goes on there, not at {offset}")]
-    WrongOffset { received: u64, offset: u64 },
-    #[error("the upload is longer than the {size} bytes announced")]
-    TooLong { size: u64 },
-    #[error("the upload has {received} of {size} bytes")]
-    TooShort { received: u64, size: u64 },
-    #[error("the bytes hash to {found}, not to {expected}; the upload was discarded")]
-    WrongHash { expected: FileId, found: FileId },
-    #[error("an image has 1 to {} bytes", limits::FILE_BYTES)]
-    Size,
-}
-
-/// The store; clones share it.
+/// A directory of images; clones share it.
 #[derive(Clone, Debug)]
-pub struct FileStore {
+pub struct LocalStore {
     inner: Arc<Inner>,
 }
 
@@ -97,7 +70,7 @@ impl StoredFile {
     }
 }
 
-impl FileStore {
+impl LocalStore {
     /// Opens the store, making its directories (mode 0700), and forgets uploads that nobody went on with.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
         make_dir(&root.join("uploads")).map_err(StoreError::Open)?;
@@ -147,6 +120,37 @@ impl FileStore {
         Ok(Some(file))
     }
 
+    /// Whether a download reads the file at this moment.
+    pub(super) fn is_in_use(&self, id: &FileId) -> bool {
+        self.opened()
+            .get(id)
+            .is_some_and(|file| file.content.is_shared() || file.outline.is_shared())
+    }
+
+    /// Has the file mapped anew when it is asked for next.
+    pub(super) fn close(&self, id: &FileId) {
+        self.opened().remove(id);
+    }
+
+    /// Removes the file; downloads of it go on. Not here: nothing. Blocks on the disk.
+    pub(super) fn remove(&self, id: &FileId) -> Result<(), StoreError> {
+        self.close(id);
+        // The content first: what is found under its hash has an outline.
+        for path in [self.path(id), self.outline_path(id)] {
+            match fs::remove_file(path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(StoreError::Io {
+                        operation: "remove",
+                        file: *id,
+                        source,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// True when the finished file is here. Blocks on the disk.
     pub fn has(&self, id: &FileId) -> bool {
         self.path(id).is_file()
@@ -170,6 +174,10 @@ impl FileStore {
             }
         }
         Ok(found)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.inner.root
     }
 
     /// Where the finished file is, for a backup.
@@ -350,7 +358,12 @@ impl Upload {
     }
 
     /// Hashes what was uploaded, syncs it and gives it its name. Wrong bytes: the upload is discarded. Blocks on the disk.
-    pub fn finish(mut self) -> Result<Outline, StoreError> {
+    pub fn finish(self) -> Result<Outline, StoreError> {
+        self.check()?.keep()
+    }
+
+    /// Hashes what was uploaded. Wrong bytes: the upload is discarded. Blocks on the disk.
+    pub(super) fn check(mut self) -> Result<Whole, StoreError> {
         let (store, id) = (self.claim.store.clone(), self.claim.id);
         if self.received != self.size {
             return Err(StoreError::TooShort {
@@ -370,27 +383,22 @@ impl Upload {
                 found: outline.root(),
             });
         }
-        self.publish(&store, &id, &outline)
-            .map_err(|source| self.failed("publish", source))?;
-        Ok(outline)
+        Ok(Whole {
+            upload: self,
+            outline,
+        })
     }
 
-    fn publish(&self, store: &FileStore, id: &FileId, outline: &Outline) -> io::Result<()> {
+    fn publish(&self, store: &LocalStore, id: &FileId, outline: &Outline) -> io::Result<()> {
         self.file.sync_all()?;
         let path = store.path(id);
         let shard = path
             .parent()
             .ok_or_else(|| io::Error::other("a path without a parent"))?;
         make_dir(shard)?;
-        let mut beside = tempfile::Builder::new()
-            .prefix(".outline-")
-            .tempfile_in(shard)?;
-        beside.write_all(&outline.to_bytes())?;
-        beside.as_file().sync_all()?;
-        beside
-            .persist(store.outline_path(id))
-            .map_err(|error| error.error)?;
+        put_outline(shard, &store.outline_path(id), outline)?;
         fs::rename(store.upload_path(id), &path)?;
+        store.close(id);
         File::open(shard)?.sync_all()?;
         File::open(&store.inner.root)?.sync_all()
     }
@@ -404,9 +412,52 @@ impl Upload {
     }
 }
 
+/// An upload that was found whole. Dropped, it stays an upload that holds every byte.
+#[derive(Debug)]
+pub(super) struct Whole {
+    upload: Upload,
+    outline: Outline,
+}
+
+impl Whole {
+    pub(super) fn id(&self) -> FileId {
+        self.upload.claim.id
+    }
+
+    pub(super) fn outline(&self) -> &Outline {
+        &self.outline
+    }
+
+    /// The bytes at `offset`, whole groups that are as they were when they were hashed. Blocks on the disk.
+    pub(super) fn read(&self, offset: u64, bytes: usize) -> Result<Vec<u8>, StoreError> {
+        let mut part = vec![0; bytes];
+        self.upload
+            .file
+            .read_exact_at(&mut part, offset)
+            .map_err(|source| self.upload.failed("read back", source))?;
+        let first = offset / GROUP_BYTES;
+        for (index, group) in (first..).zip(part.chunks(GROUP_BYTES as usize)) {
+            self.outline
+                .check(index, group)
+                .map_err(|_| StoreError::Damaged(self.id()))?;
+        }
+        Ok(part)
+    }
+
+    /// Syncs it and gives it its name. Blocks on the disk.
+    pub(super) fn keep(self) -> Result<Outline, StoreError> {
+        let Self { upload, outline } = self;
+        let (store, id) = (upload.claim.store.clone(), upload.claim.id);
+        upload
+            .publish(&store, &id, &outline)
+            .map_err(|source| upload.failed("publish", source))?;
+        Ok(outline)
+    }
+}
+
 #[derive(Debug)]
 struct Claim {
-    store: FileStore,
+    store: LocalStore,
     id: FileId,
     holder: Holder,
 }
@@ -418,8 +469,19 @@ impl Drop for Claim {
     }
 }
 
+/// Writes an outline to its place, synced.
+pub(super) fn put_outline(shard: &Path, path: &Path, outline: &Outline) -> io::Result<()> {
+    let mut beside = tempfile::Builder::new()
+        .prefix(".outline-")
+        .tempfile_in(shard)?;
+    beside.write_all(outline.as_bytes())?;
+    beside.as_file().sync_all()?;
+    beside.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
 /// Opens a regular file of the store; a symbolic link in its place is refused. Not there: `None`.
-fn open_found(path: &Path) -> io::Result<Option<File>> {
+pub(super) fn open_found(path: &Path) -> io::Result<Option<File>> {
     let opened = OpenOptions::new()
         .read(true)
         .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
@@ -432,7 +494,7 @@ fn open_found(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-fn make_dir(path: &Path) -> io::Result<()> {
+pub(super) fn make_dir(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -440,188 +502,4 @@ fn make_dir(path: &Path) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    fn store() -> (tempfile::TempDir, FileStore) {
-        let dir = tempfile::tempdir().unwrap();
-        let store = FileStore::open(&dir.path().join("files")).unwrap();
-        (dir, store)
-    }
-
-    fn image(bytes: usize) -> (Vec<u8>, FileId) {
-        let content: Vec<u8> = (0..bytes).map(|at| (at / 7) as u8).collect();
-        let id = outline_of(&content[..]).unwrap().root();
-        (content, id)
-    }
-
-    fn put(store: &FileStore, content: &[u8], id: FileId) -> Result<Outline, StoreError> {
-        let mut upload = store.upload(id, content.len() as u64, 0, "op")?;
-        upload.append(content)?;
-        upload.finish()
-    }
-
-    #[test]
-    fn an_upload_is_resumed_where_it_was_cut_off_and_then_served() {
-        let (_dir, store) = store();
-        let (content, id) = image(200_000);
-        let mut first = store.upload(id, 200_000, 0, "op").unwrap();
-        first.append(&content[..70_000]).unwrap();
-        assert!(matches!(
-            store.upload(id, 200_000, 0, "op"),
-            Err(StoreError::UploadBusy)
-        ));
-        drop(first);
-        assert!(matches!(
-            store.upload(id, 200_000, 0, "op"),
-            Err(StoreError::WrongOffset {
-                received: 70_000,
-                ..
-            })
-        ));
-        let mut second = store
-            .upload(id, 200_000, store.received(&id).unwrap(), "op")
-            .unwrap();
-        second.append(&content[70_000..]).unwrap();
-        second.finish().unwrap();
-        let file = store.get(&id).unwrap().unwrap();
-        assert_eq!(file.content.slice(0..content.len()).unwrap(), content);
-        assert_eq!(
-            Outline::from_bytes(
-                id,
-                200_000,
-                &file.outline.slice(0..file.outline.len()).unwrap()
-            )
-            .unwrap()
-            .groups(),
-            4
-        );
-        assert_eq!(store.list().unwrap(), [id]);
-    }
-
-    #[test]
-    fn only_its_own_operator_takes_an_upload_over() {
-        let (_dir, store) = store();
-        let (content, id) = image(1_000);
-        assert!(store.take_over(&id, "op").is_none(), "there is none");
-        let mut first = store.upload(id, 1_000, 0, "op").unwrap();
-        first.append(&content[..400]).unwrap();
-        assert!(store.take_over(&id, "somebody else").is_none());
-        assert!(!first.give_up().is_cancelled());
-        let ended = store.take_over(&id, "op").unwrap();
-        assert!(first.give_up().is_cancelled() && !ended.is_cancelled());
-        drop(first);
-        assert!(ended.is_cancelled());
-        let second = store.upload(id, 1_000, 400, "op").unwrap();
-        assert!(!second.give_up().is_cancelled());
-    }
-
-    #[test]
-    fn uploads_that_nobody_goes_on_with_are_forgotten_while_the_store_is_open() {
-        let (_dir, store) = store();
-        let ids = [b"old", b"now", b"new"].map(|name| FileId::of(name));
-        let [old, now, new] = ids;
-        for id in ids {
-            store
-                .upload(id, 10, 0, "op")
-                .unwrap()
-                .append(b"12345")
-                .unwrap();
-        }
-        let under_way = store.upload(now, 10, 5, "op").unwrap();
-        let long_ago = SystemTime::now() - limits::UPLOAD_KEPT - Duration::from_secs(60);
-        for id in [old, now] {
-            let file = File::options().write(true).open(store.upload_path(&id));
-            file.unwrap().set_modified(long_ago).unwrap();
-        }
-        store.forget_old_uploads().unwrap();
-        let held = ids.map(|id| store.received(&id).unwrap());
-        assert_eq!(held, [0, 5, 5]);
-        drop(under_way);
-        store.forget_old_uploads().unwrap();
-        assert_eq!(store.received(&now).unwrap(), 0);
-        assert_eq!(store.received(&new).unwrap(), 5);
-    }
-
-    #[test]
-    fn wrong_bytes_are_discarded_and_never_get_the_name() {
-        let (_dir, store) = store();
-        let (mut content, id) = image(100_000);
-        content[99_999] ^= 1;
-        assert!(matches!(
-            put(&store, &content, id),
-            Err(StoreError::WrongHash { .. })
-        ));
-        assert!(store.get(&id).unwrap().is_none());
-        assert_eq!(store.received(&id).unwrap(), 0);
-    }
-
-    #[test]
-    fn an_upload_longer_or_shorter_than_announced_is_refused() {
-        let (_dir, store) = store();
-        let (content, id) = image(1_000);
-        let mut upload = store.upload(id, 999, 0, "op").unwrap();
-        assert!(matches!(
-            upload.append(&content),
-            Err(StoreError::TooLong { size: 999 })
-        ));
-        drop(upload);
-        let upload = store.upload(id, 1_000, 0, "op").unwrap();
-        assert!(matches!(
-            upload.finish(),
-            Err(StoreError::TooShort { received: 0, .. })
-        ));
-        assert!(matches!(
-            store.upload(id, 0, 0, "op"),
-            Err(StoreError::Size)
-        ));
-    }
-
-    #[test]
-    fn a_damaged_file_is_said_to_be_and_can_be_uploaded_again() {
-        let (_dir, store) = store();
-        let (content, id) = image(200_000);
-        put(&store, &content, id).unwrap();
-        let held = store.get(&id).unwrap().unwrap();
-        let stored = File::options().write(true).open(store.path(&id)).unwrap();
-        stored.set_len(100_000).unwrap();
-        assert_eq!(
-            held.content.slice(190_000..200_000),
-            Err(crate::files::Damaged)
-        );
-        assert!(matches!(store.get(&id), Err(StoreError::Damaged(found)) if found == id));
-        put(&store, &content, id).unwrap();
-        let file = store.get(&id).unwrap().unwrap();
-        assert_eq!(file.content.slice(0..200_000).unwrap(), content);
-    }
-
-    #[test]
-    fn a_symbolic_link_in_the_store_is_not_followed() {
-        let (dir, store) = store();
-        let (content, id) = image(10);
-        put(&store, &content, id).unwrap();
-        // Also where it leads to the right bytes: whoever can make it lead there can make it lead elsewhere.
-        let elsewhere = dir.path().join("elsewhere");
-        fs::rename(store.path(&id), &elsewhere).unwrap();
-        std::os::unix::fs::symlink(&elsewhere, store.path(&id)).unwrap();
-        assert!(store.get(&id).is_err());
-    }
-
-    #[test]
-    fn an_upload_is_not_written_through_a_symbolic_link() {
-        let (dir, store) = store();
-        let (content, id) = image(200_000);
-        let foreign = dir.path().join("foreign");
-        fs::write(&foreign, "x").unwrap();
-        std::os::unix::fs::symlink(&foreign, store.upload_path(&id)).unwrap();
-        // Whatever it says that it holds.
-        let received = store.received(&id).unwrap();
-        let written = store
-            .upload(id, 200_000, received, "op")
-            .and_then(|mut upload| upload.append(&content[..100]));
-        assert!(matches!(written, Err(StoreError::Io { .. })), "{written:?}");
-        assert_eq!(fs::read(&foreign).unwrap(), b"x");
-    }
-}
+mod tests;

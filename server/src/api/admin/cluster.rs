@@ -20,8 +20,12 @@ pub async fn status(
     _: &OperatorId,
     _: v1::GetClusterStatusRequest,
 ) -> Result<v1::ClusterStatus, Status> {
-    let (database, redis, listed) =
-        tokio::join!(database(admin), redis(admin), admin.route.nodes());
+    let (database, files, redis, listed) = tokio::join!(
+        database(admin),
+        files(admin),
+        redis(admin),
+        admin.route.nodes()
+    );
     let nodes = match listed {
         Some(Ok(nodes)) => nodes.into_iter().map(node).collect(),
         // Of the others nothing is known.
@@ -43,7 +47,10 @@ pub async fn status(
                 expires_at_ms: lease.expires_at.as_ms(),
             })
             .collect(),
-        engines: [Some(database), redis].into_iter().flatten().collect(),
+        engines: [Some(database), Some(files), redis]
+            .into_iter()
+            .flatten()
+            .collect(),
     })
 }
 
@@ -82,6 +89,19 @@ async fn database(admin: &Admin) -> v1::EngineStatus {
         Err(_) => Err(format!("no answer within {} s", limits::DB_WATCH.as_secs())),
     };
     engine("database", admin.about.database.clone(), answer)
+}
+
+async fn files(admin: &Admin) -> v1::EngineStatus {
+    let asked = Instant::now();
+    let answer = match timeout(limits::FILES_WATCH, admin.store.check()).await {
+        Ok(Ok(())) => Ok(asked.elapsed()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!(
+            "no answer within {} s",
+            limits::FILES_WATCH.as_secs()
+        )),
+    };
+    engine("files", admin.about.files.clone(), answer)
 }
 
 async fn redis(admin: &Admin) -> Option<v1::EngineStatus> {

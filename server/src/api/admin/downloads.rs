@@ -29,10 +29,10 @@ pub async fn send(
         .map_err(|_| Status::invalid_argument("a file has no such part"))?;
     let place = admin.downloads.clone().try_acquire_owned();
     let place = place.map_err(|_| map::try_later("too many downloads by operators now"))?;
-    let store = admin.store.clone();
-    let stored = tokio::task::spawn_blocking(move || store.get(&file))
+    let stored = admin
+        .store
+        .get(&file)
         .await
-        .map_err(|_| Status::internal("the file store failed"))?
         .map_err(map::store)?
         .ok_or_else(|| Status::not_found(format!("the server does not have the file {file}")))?;
     let mapped = match part {

@@ -57,6 +57,8 @@ pub struct About {
     pub started_at: Timestamp,
     /// Where the database is, without a secret.
     pub database: String,
+    /// The image store.
+    pub files: String,
     pub trust_dir: PathBuf,
     /// On the database's file system.
     pub scratch_dir: PathBuf,
@@ -282,6 +284,14 @@ impl AdminService for Admin {
             .audit("BACKUP", "a backup was taken", operator.as_str())
             .await
             .map_err(crate::wire::db)?;
+        let without = match self.store.directory() {
+            Some(_) => "",
+            None => "The images are not in it: they are in the bucket, which is backed up apart.",
+        };
+        let first = v1::BackupChunk {
+            content: Bytes::new(),
+            without: without.to_owned(),
+        };
         let (out, pieces) = mpsc::channel::<Bytes>(4);
         let (failed, failure) = mpsc::channel(1);
         let admin = self.clone();
@@ -290,7 +300,7 @@ impl AdminService for Admin {
             let about = &admin.about;
             let made = backup::run(
                 &admin.db,
-                &admin.store,
+                admin.store.directory(),
                 &about.trust_dir,
                 &about.scratch_dir,
                 out,
@@ -303,7 +313,13 @@ impl AdminService for Admin {
             }
         });
         // The failure, if any, comes after the last piece: an archive without its end is never taken for whole.
-        let pieces = ReceiverStream::new(pieces).map(|content| Ok(v1::BackupChunk { content }));
+        let pieces = ReceiverStream::new(pieces).map(|content| {
+            Ok(v1::BackupChunk {
+                content,
+                without: String::new(),
+            })
+        });
+        let pieces = futures::StreamExt::chain(futures::stream::iter([Ok(first)]), pieces);
         let stream = futures::StreamExt::chain(pieces, ReceiverStream::new(failure));
         Ok(Response::new(futures::StreamExt::boxed(stream)))
     }

@@ -6,15 +6,17 @@ use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
 use super::{Admin, id};
-use crate::{api::status as map, files::StoreError, limits, metrics as m};
+use crate::{
+    api::status as map,
+    files::{self, StoreError},
+    limits, metrics as m,
+};
 
 /// Runs work on the disk off the async threads.
 async fn on_disk<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Status> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| Status::internal("the file store failed"))?
-        .map_err(map::store)
+    files::on_disk(work).await.map_err(map::store)
 }
 
 pub async fn status(
@@ -26,32 +28,40 @@ pub async fn status(
     if !(1..=limits::FILE_BYTES).contains(&request.size) {
         return Err(map::store(StoreError::Size));
     }
-    let (store, size) = (admin.store.clone(), request.size);
-    let (complete, received) = on_disk(move || {
-        match store.get(&file) {
-            Ok(Some(stored)) => return Ok((true, stored.content.len() as u64)),
-            // What is uploaded takes its place.
-            Ok(None) | Err(StoreError::Damaged(_)) => {}
-            Err(error) => return Err(error),
+    let stored = match admin.store.size(&file).await {
+        Ok(stored) => stored,
+        // What is uploaded takes its place.
+        Err(StoreError::Damaged(_)) => None,
+        Err(error) => return Err(map::store(error)),
+    };
+    let (complete, received) = match stored {
+        Some(received) => {
+            // A crash between the file's rename and the database's commit is made good here.
+            admin.db.add_file(&file, received).await.map_err(map::db)?;
+            (true, received)
         }
-        let received = store.received(&file)?;
-        if received > size {
-            // A remnant of an upload that announced another size; only a whole one could be told right from wrong.
-            store.discard(&file)?;
-            return Ok((false, 0));
-        }
-        Ok((false, received))
-    })
-    .await?;
-    if complete {
-        // A crash between the file's rename and the database's commit is made good here.
-        admin.db.add_file(&file, received).await.map_err(map::db)?;
-    }
+        None => (false, received(admin, file, request.size).await?),
+    };
     Ok(v1::UploadStatus {
         file_id: request.file_id,
         received,
         complete,
     })
+}
+
+/// Bytes that an upload of the file holds.
+async fn received(admin: &Admin, file: FileId, size: u64) -> Result<u64, Status> {
+    let uploads = admin.store.uploads().clone();
+    on_disk(move || {
+        let received = uploads.received(&file)?;
+        if received > size {
+            // A remnant of an upload that announced another size; only a whole one could be told right from wrong.
+            uploads.discard(&file)?;
+            return Ok(0);
+        }
+        Ok(received)
+    })
+    .await
 }
 
 pub async fn receive(
@@ -66,7 +76,7 @@ pub async fn receive(
     let file: FileId = id("file_id", &first.file_id)?;
     let owner = operator.to_string();
     // The line of an older upload may have died unnoticed; its operator is back.
-    if let Some(ended) = admin.store.take_over(&file, &owner) {
+    if let Some(ended) = admin.store.uploads().take_over(&file, &owner) {
         // If it has not ended by then, the store says so.
         let _ = timeout(limits::UPLOAD_WAIT, ended.cancelled()).await;
     }
@@ -74,7 +84,7 @@ pub async fn receive(
     let Ok(Ok(_place)) = place.await else {
         return Err(map::try_later("too many uploads now"));
     };
-    let (size, offset, store) = (first.size, first.offset, admin.store.clone());
+    let (size, offset, store) = (first.size, first.offset, admin.store.uploads().clone());
     let mut upload = on_disk(move || store.upload(file, size, offset, &owner)).await?;
     let give_up = upload.give_up();
     let mut next = Some(first);
@@ -108,7 +118,11 @@ pub async fn receive(
             }
         };
     }
-    on_disk(move || upload.finish()).await?;
+    admin
+        .store
+        .finish(upload, &admin.stop)
+        .await
+        .map_err(map::store)?;
     admin.db.add_file(&file, size).await.map_err(map::db)?;
     tracing::info!(operator.id = %operator, file = %file, bytes = size, "An image was uploaded.");
     Ok(v1::UploadStatus {

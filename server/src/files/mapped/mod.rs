@@ -112,6 +112,13 @@ impl Mapped {
         Ok(self.content.slice(range))
     }
 
+    /// Whether somebody else holds a clone. The bytes that were handed out of a clone that is gone are not seen.
+    pub fn is_shared(&self) -> bool {
+        // One in `mapping`, one in the owner of `content`.
+        let held = self.mapping.as_ref().map_or(0, Arc::strong_count);
+        held > 2
+    }
+
     /// True once a part was found that its file cannot give. Mapped anew, the file may be whole again.
     pub fn is_damaged(&self) -> bool {
         self.mapping

@@ -1,0 +1,432 @@
+//! A bucket with a cache on this node's disk in front of it.
+//!
+//! A file is fetched once for all who ask for it. What arrives is checked group by group under a temporary name; it gets its own
+//! once it is whole and synced. What was in the cache at the start is hashed before it is used for the first time.
+
+use std::{
+    collections::HashMap,
+    fs::{self, File},
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use fwpush_keys::{id::FileId, outline::Outline};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    files::{
+        StoreError,
+        arrival::{Arrival, check_whole},
+        cache::{Cache, NoRoom, Room, Trust},
+        local::{LocalStore, Whole},
+        on_disk,
+        place::S3Place,
+        s3::Bucket,
+    },
+    limits, metrics as m,
+};
+
+/// The bucket and its cache; clones share them.
+#[derive(Clone, Debug)]
+pub(super) struct Remote {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    bucket: Bucket,
+    local: LocalStore,
+    cache: Cache,
+    /// Files on their way, and those that were not to be had a moment ago.
+    under_way: Mutex<HashMap<FileId, watch::Receiver<State>>>,
+    fetches: Semaphore,
+    /// Apart from the fetches: those wait for the bucket, and what is here does not.
+    checks: Semaphore,
+    /// Keeps a second server away from the directory.
+    _lock: File,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    UnderWay,
+    Done { outcome: Brought, at: Instant },
+}
+
+/// What became of a fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Brought {
+    Here,
+    /// The bucket does not have it.
+    Nowhere,
+    /// What the bucket has is not what it is named after.
+    Damaged,
+    /// It does not fit into the cache.
+    AboveCache {
+        size: u64,
+    },
+    /// It takes longer, the bucket is away, or the cache is full of what is being downloaded.
+    NotNow,
+}
+
+impl Brought {
+    /// For how long the next who ask get the same answer without a look.
+    fn stands_for(self) -> Duration {
+        match self {
+            Self::Here => Duration::ZERO,
+            Self::NotNow | Self::Nowhere => limits::FETCH_PAUSE,
+            Self::Damaged | Self::AboveCache { .. } => limits::DAMAGED_PAUSE,
+        }
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Here => "fetched",
+            Self::Nowhere => "missing",
+            Self::Damaged => "damaged",
+            Self::AboveCache { .. } => "too_large",
+            Self::NotNow => "failed",
+        }
+    }
+}
+
+impl Remote {
+    /// Takes the cache's directory, and looks whether the bucket takes us. One that does not answer is only logged.
+    pub(super) async fn open(place: S3Place) -> Result<Self, StoreError> {
+        let bucket = place.clone();
+        let (bucket, local, lock) = on_disk(move || {
+            let bucket = Bucket::open(&bucket)?;
+            let local = LocalStore::open(&place.cache_dir)?;
+            let lock = lock(&place)?;
+            Ok((bucket, local, (lock, place)))
+        })
+        .await?;
+        let (lock, place) = lock;
+        let cache = Cache::new(place.cache_bytes);
+        let found = local.clone();
+        let cache = on_disk(move || {
+            find_cached(&found, &cache).map_err(StoreError::Open)?;
+            Ok(cache)
+        })
+        .await?;
+        match bucket.check_access().await {
+            Err(error @ StoreError::Away { .. }) => tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "The image store is away: images that are cached here are served, others wait for it."
+            ),
+            answer => answer?,
+        }
+        let inner = Inner {
+            bucket,
+            local,
+            cache,
+            under_way: Mutex::default(),
+            fetches: Semaphore::new(limits::FETCHES),
+            checks: Semaphore::new(limits::CACHE_CHECKS),
+            _lock: lock,
+        };
+        let remote = Self {
+            inner: Arc::new(inner),
+        };
+        remote.count();
+        Ok(remote)
+    }
+
+    pub(super) fn bucket(&self) -> &Bucket {
+        &self.inner.bucket
+    }
+
+    pub(super) fn local(&self) -> &LocalStore {
+        &self.inner.local
+    }
+
+    pub(super) fn cache_bytes(&self) -> u64 {
+        self.inner.cache.most()
+    }
+
+    pub(super) fn cached(&self) -> Vec<FileId> {
+        self.inner.cache.list()
+    }
+
+    /// Whether the file is here and may be used; makes it the last to go.
+    pub(super) fn is_verified(&self, id: &FileId) -> bool {
+        self.inner.cache.touch(id) == Some(Trust::Verified)
+    }
+
+    /// Has the file looked at before it is used again.
+    pub(super) fn doubt(&self, id: &FileId) {
+        self.inner.cache.set_trust(id, Trust::Doubted);
+    }
+
+    /// Removes the file from the cache.
+    pub(super) async fn drop_cached(&self, id: &FileId) -> Result<(), StoreError> {
+        self.inner.cache.forget(id);
+        self.count();
+        let (local, id) = (self.inner.local.clone(), *id);
+        on_disk(move || local.remove(&id)).await
+    }
+
+    /// Brings the file into the cache, or waits for whoever does already, for at most [`limits::FETCH_WAIT`]: the fetch goes on.
+    pub(super) async fn bring(&self, id: FileId) -> Brought {
+        let mut state = self.join(id);
+        let done = state.wait_for(|state| matches!(state, State::Done { .. }));
+        match timeout(limits::FETCH_WAIT, done).await {
+            Ok(Ok(state)) => match *state {
+                State::Done { outcome, .. } => outcome,
+                State::UnderWay => Brought::NotNow,
+            },
+            // It takes longer, or its task ended without a word.
+            Ok(Err(_)) | Err(_) => Brought::NotNow,
+        }
+    }
+
+    /// The fetch of the file that is under way, or has just failed, or is begun now.
+    fn join(&self, id: FileId) -> watch::Receiver<State> {
+        let mut under_way = self.under_way();
+        if under_way.len() >= limits::FETCH_MEMORY {
+            under_way.retain(|_, state| still_counts(state));
+        }
+        if let Some(state) = under_way.get(&id).filter(|state| still_counts(state)) {
+            return state.clone();
+        }
+        let (tell, state) = watch::channel(State::UnderWay);
+        under_way.insert(id, state.clone());
+        let remote = self.clone();
+        tokio::spawn(async move {
+            let outcome = remote.provide(id).await;
+            remote.count();
+            if outcome == Brought::Here {
+                remote.under_way().remove(&id);
+            }
+            let at = Instant::now();
+            // Nobody may be waiting any more.
+            let _ = tell.send(State::Done { outcome, at });
+        });
+        state
+    }
+
+    /// Looks at what is here already, then fetches. What goes wrong is logged here, once.
+    async fn provide(&self, id: FileId) -> Brought {
+        if self.inner.cache.touch(&id).is_some() {
+            let Ok(_place) = self.inner.checks.acquire().await else {
+                return Brought::NotNow;
+            };
+            let local = self.inner.local.clone();
+            match on_disk(move || check_whole(&local, &id)).await {
+                Ok(true) => {
+                    self.inner.cache.set_trust(&id, Trust::Verified);
+                    return Brought::Here;
+                }
+                Ok(false) => {
+                    tracing::warn!(file = %id, "A cached image is damaged, and is fetched again.");
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        file = %id, error = &error as &dyn std::error::Error,
+                        "A cached image cannot be read, and is fetched again."
+                    );
+                }
+            }
+            if let Err(error) = self.drop_cached(&id).await {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "The cache of images failed."
+                );
+                return Brought::NotNow;
+            }
+        }
+        let Ok(_place) = self.inner.fetches.acquire().await else {
+            return Brought::NotNow;
+        };
+        let began = Instant::now();
+        let outcome = match self.fetch(id).await {
+            Ok(outcome) => outcome,
+            Err(StoreError::Damaged(_)) => Brought::Damaged,
+            Err(error) => {
+                tracing::error!(
+                    file = %id, error = &error as &dyn std::error::Error,
+                    "An image could not be fetched from the image store."
+                );
+                Brought::NotNow
+            }
+        };
+        metrics::counter!(m::FILES_FETCHED, "outcome" => outcome.word()).increment(1);
+        match outcome {
+            Brought::Here => tracing::info!(
+                file = %id, seconds = began.elapsed().as_secs_f64(), "An image was fetched from the image store."
+            ),
+            Brought::Damaged => tracing::error!(
+                file = %id, next = "publish its release again with --image",
+                "What the image store has under this name is something else, and is not served."
+            ),
+            Brought::AboveCache { size } => tracing::error!(
+                file = %id, size, cache_bytes = self.cache_bytes(), next = "raise files.cache_bytes",
+                "An image does not fit into the cache."
+            ),
+            Brought::Nowhere | Brought::NotNow => {}
+        }
+        outcome
+    }
+
+    async fn fetch(&self, id: FileId) -> Result<Brought, StoreError> {
+        let Some((outline, mut content)) = self.inner.bucket.get(&id).await? else {
+            return Ok(Brought::Nowhere);
+        };
+        let size = outline.size();
+        let room = match self.room(bytes_of(&outline)).await? {
+            Ok(room) => room,
+            Err(NoRoom::Never) => return Ok(Brought::AboveCache { size }),
+            Err(NoRoom::Now) => {
+                tracing::warn!(
+                    file = %id, cache_bytes = self.cache_bytes(),
+                    "There is no room in the cache: all that is in it is being downloaded. Raise files.cache_bytes."
+                );
+                return Ok(Brought::NotNow);
+            }
+        };
+        let mut arrival = Arrival::begin(self.inner.local.clone(), outline)?;
+        while let Some(bytes) = futures::StreamExt::next(&mut content).await {
+            arrival.take(bytes?).await?;
+        }
+        arrival.end().await?;
+        room.fill(id);
+        Ok(Brought::Here)
+    }
+
+    /// Makes room, and removes from the disk what has to go for it.
+    async fn room(&self, bytes: u64) -> Result<Result<Room<'_>, NoRoom>, StoreError> {
+        let local = &self.inner.local;
+        let reserved = self
+            .inner
+            .cache
+            .reserve(bytes, |file| local.is_in_use(file));
+        let (room, victims) = match reserved {
+            Ok(reserved) => reserved,
+            Err(no_room) => return Ok(Err(no_room)),
+        };
+        for file in victims {
+            metrics::counter!(m::FILES_EVICTED).increment(1);
+            let local = local.clone();
+            on_disk(move || local.remove(&file)).await?;
+        }
+        Ok(Ok(room))
+    }
+
+    /// Brings an upload to the bucket, and then into the cache, where there is room for it.
+    pub(super) async fn put(
+        &self,
+        whole: Whole,
+        stop: &CancellationToken,
+    ) -> Result<Outline, StoreError> {
+        let (id, outline) = (whole.id(), whole.outline().clone());
+        let whole = Arc::new(whole);
+        self.inner.bucket.put(&whole, stop).await?;
+        // What was found out about it before holds no longer.
+        self.under_way()
+            .retain(|file, state| *file != id || matches!(*state.borrow(), State::UnderWay));
+        let room = self.room(bytes_of(&outline)).await?;
+        match (room, Arc::into_inner(whole)) {
+            (Ok(room), Some(whole)) => {
+                on_disk(move || whole.keep()).await?;
+                room.fill(id);
+            }
+            (_, whole) => {
+                drop(whole);
+                let local = self.inner.local.clone();
+                on_disk(move || local.discard(&id)).await?;
+            }
+        }
+        self.count();
+        Ok(outline)
+    }
+
+    fn count(&self) {
+        metrics::gauge!(m::FILES_CACHED).set(self.inner.cache.bytes() as f64);
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, HashMap<FileId, watch::Receiver<State>>> {
+        self.inner
+            .under_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether who asks now gets this answer.
+fn still_counts(state: &watch::Receiver<State>) -> bool {
+    match *state.borrow() {
+        // One whose task ended without a word is begun anew.
+        State::UnderWay => state.has_changed().is_ok(),
+        State::Done { outcome, at } => at.elapsed() < outcome.stands_for(),
+    }
+}
+
+/// What a file takes on the disk.
+fn bytes_of(outline: &Outline) -> u64 {
+    outline.size() + Outline::encoded_len(outline.size())
+}
+
+fn lock(place: &S3Place) -> Result<File, StoreError> {
+    let path = place.cache_dir.join("fwpush.lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(StoreError::Open)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(StoreError::CacheInUse {
+            path: place.cache_dir.clone(),
+        }),
+        Err(fs::TryLockError::Error(error)) => Err(StoreError::Open(error)),
+    }
+}
+
+/// Enters what is in the directory, the oldest first, and removes what cannot be a whole file. Nothing is read: a file is hashed
+/// when it is asked for.
+fn find_cached(local: &LocalStore, cache: &Cache) -> io::Result<()> {
+    let mut whole = Vec::new();
+    for shard in fs::read_dir(local.root())? {
+        let shard = shard?;
+        if shard.file_name() == "uploads" || !shard.file_type()?.is_dir() {
+            continue;
+        }
+        for entry in fs::read_dir(shard.path())? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = name.to_str().unwrap_or_default();
+            match name.parse::<FileId>() {
+                Ok(id) => {
+                    let (content, outline) =
+                        (entry.metadata()?, fs::metadata(local.outline_path(&id)));
+                    let outline = outline.map_or(0, |found| found.len());
+                    if content.is_file() && Outline::encoded_len(content.len()) == outline {
+                        whole.push((content.modified()?, id, content.len() + outline));
+                    } else {
+                        local.remove(&id).map_err(io::Error::other)?;
+                    }
+                }
+                Err(_) => {
+                    let of = name.strip_suffix(".outline").map(str::parse::<FileId>);
+                    // Of a fetch that was cut off; or an outline whose content is not there.
+                    let left = of.is_none_or(|id| !id.is_ok_and(|id| local.has(&id)));
+                    if left && entry.file_type()?.is_file() {
+                        fs::remove_file(entry.path())?;
+                    }
+                }
+            }
+        }
+    }
+    whole.sort_unstable();
+    for (_, id, bytes) in whole {
+        for gone in cache.enter_found(id, bytes) {
+            local.remove(&gone).map_err(io::Error::other)?;
+        }
+    }
+    Ok(())
+}
