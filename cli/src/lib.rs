@@ -18,6 +18,7 @@ pub mod disk;
 pub mod download;
 pub mod enroll;
 pub mod failure;
+pub mod files;
 pub mod image;
 pub mod init;
 pub mod keys;
@@ -161,6 +162,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Release(args) => Box::pin(release::run(&context, args)).await,
         Command::Rollout(args) => Box::pin(rollout::run(&context, args)).await,
         Command::Device(args) => Box::pin(device::run(&context, args)).await,
+        Command::Files(args) => files::run(&context, args).await,
         Command::Keys(args) => Box::pin(keys::run(&context, args)).await,
         Command::Backup(args) => backup::run(&context, args).await,
         Command::Restore(args) => restore::run(&context, args).await,

@@ -13,6 +13,7 @@ pub mod desired;
 pub mod devices;
 pub mod driver;
 pub mod files;
+pub mod garbage;
 pub mod ingest;
 pub mod limits;
 mod listen;

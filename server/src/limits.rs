@@ -201,6 +201,19 @@ pub const S3_PREFIX_BYTES: usize = 512;
 /// A presigned URL opens the file to whoever has it: long enough for one attempt over a slow line, as a device asks for a fresh one.
 pub const PRESIGNED_LIFE: Duration = Duration::from_secs(3_600);
 
+/// An image that nobody needs is removed this long after it was marked: whoever just uploaded it publishes it the same day.
+pub const FILE_GRACE: Duration = Duration::from_secs(24 * 3_600);
+
+/// Images that a node takes upon itself to remove at once.
+pub const FILES_DOOMED: u32 = 100;
+
+/// The removal of an image that its node has not ended for this long is taken over. A late request of that node is refused by S3 as
+/// signed more than 15 min ago ("RequestTimeTooSkewed"), so that it cannot hit what was uploaded since.
+pub const DOOM_LIFE: Duration = Duration::from_secs(3_600);
+
+/// Unused images told of in one answer: 200 bytes each.
+pub const FILES_LISTED: u32 = 5_000;
+
 /// How often a server looks whether its image store is there, and how long that may take.
 pub const FILES_WATCH: Duration = Duration::from_secs(5);
 

@@ -37,7 +37,8 @@ use crate::{
     db::{Db, DbError},
     devices::Devices,
     driver::{self, Driver},
-    files::{FileStore, StoreError},
+    files::{self, FileStore, StoreError},
+    garbage::{self, Garbage},
     ingest::Ingest,
     limits,
     listen::{self, Listener, Stop},
@@ -231,11 +232,16 @@ impl Server {
             route: route.clone(),
             about: Arc::new(about(&config, addresses)?),
             stop: stop.goaway.clone(),
+            garbage: Garbage::new(db.clone(), store.clone()),
             uploads: Arc::new(Semaphore::new(limits::UPLOADS)),
             downloads: Arc::new(Semaphore::new(limits::OPERATOR_DOWNLOADS)),
             backups: Arc::new(Semaphore::new(1)),
         };
-        tokio::spawn(forget_old_uploads(store.clone(), engine_stop.clone()));
+        tokio::spawn(garbage::keep_house(
+            admin.garbage.clone(),
+            config.node_id.to_string(),
+            engine_stop.clone(),
+        ));
         let downloads = Downloads::new(
             db.clone(),
             store.clone(),
@@ -288,7 +294,7 @@ impl Server {
             };
             tokio::spawn(reconcile.run((news, heard), engine_stop.clone()));
         }
-        tokio::spawn(watch_files(store.clone(), engine_stop.clone()));
+        tokio::spawn(files::watch(store.clone(), engine_stop.clone()));
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id, database = %config.place()?,
@@ -509,21 +515,6 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
     }
 }
 
-/// Forgets uploads that nobody goes on with, now and then.
-async fn forget_old_uploads(store: FileStore, stop: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
-        }
-        let store = store.uploads().clone();
-        let forgot = tokio::task::spawn_blocking(move || store.forget_old_uploads()).await;
-        if let Ok(Err(error)) = forgot {
-            tracing::warn!(%error, "Old uploads stay a while longer.");
-        }
-    }
-}
-
 /// Notes when the database or Redis goes away and when it is back. Everything else goes on, and waits for it where it needs it.
 async fn watch_engines(db: Db, route: Route, health: Health, stop: CancellationToken) {
     let mut round = tokio::time::interval(limits::DB_WATCH);
@@ -584,42 +575,6 @@ fn note(
         (false, Ok(_)) => tracing::info!("{article}{name} is back."),
         _ => {}
     }
-}
-
-/// Notes when the image store goes away and when it is back. What is on this node is served all the while.
-async fn watch_files(store: FileStore, stop: CancellationToken) {
-    let mut round = tokio::time::interval(limits::FILES_WATCH);
-    let mut up = true;
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = round.tick() => {}
-        }
-        let asked = Instant::now();
-        let answer = timeout(limits::FILES_WATCH, store.check()).await;
-        metrics::files_answered(matches!(answer, Ok(Ok(()))).then(|| asked.elapsed()));
-        let problem = match answer {
-            Ok(Ok(())) => None,
-            Ok(Err(error)) => Some(error_chain(&error)),
-            Err(_) => Some(format!(
-                "no answer within {} s",
-                limits::FILES_WATCH.as_secs()
-            )),
-        };
-        match (std::mem::replace(&mut up, problem.is_none()), problem) {
-            (true, Some(problem)) => tracing::error!(
-                problem,
-                "The image store is away: images that are cached here are served, others wait for it."
-            ),
-            (false, None) => tracing::info!("The image store is back."),
-            _ => {}
-        }
-    }
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// Tells the database now and then which devices live; a heartbeat is never a write.

@@ -3,6 +3,7 @@
 mod cluster;
 mod db;
 mod device;
+mod files;
 mod keys;
 mod release;
 mod rollout;
@@ -15,7 +16,7 @@ use fwpush_keys::{
     id::{NodeId, OperatorId, Product, TrustDomain},
 };
 
-pub use self::{cluster::*, db::*, device::*, keys::*, release::*, rollout::*};
+pub use self::{cluster::*, db::*, device::*, files::*, keys::*, release::*, rollout::*};
 use crate::values::ByteCount;
 
 /// Distributes firmware: signed releases, pushed to devices, verified by them byte by byte.
@@ -58,6 +59,7 @@ pub enum Command {
     Release(Box<ReleaseArgs>),
     Rollout(RolloutArgs),
     Device(DeviceArgs),
+    Files(FilesArgs),
     Keys(KeysArgs),
     Backup(BackupArgs),
     Restore(RestoreArgs),

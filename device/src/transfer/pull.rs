@@ -65,6 +65,10 @@ impl PullError {
         };
         match status.code() {
             Code::ResourceExhausted => Self::Busy(retry_after(&status)),
+            // It has the words of the server itself: the link is well, and the file not at hand yet.
+            Code::Unavailable if status.metadata().contains_key(RETRY_AFTER) => {
+                Self::Busy(retry_after(&status))
+            }
             Code::NotFound => refused("FILE_NOT_FOUND", false),
             Code::DataLoss => refused("FILE_DAMAGED", false),
             Code::PermissionDenied => refused("FILE_DENIED", true),
@@ -106,11 +110,14 @@ fn words(status: &Status) -> String {
     words
 }
 
-/// The trailer of RESOURCE_EXHAUSTED, clamped; a second without it.
+/// A trailer with milliseconds, by which the server says when to ask again.
+const RETRY_AFTER: &str = "retry-after-ms";
+
+/// What [`RETRY_AFTER`] says, clamped; a second without it.
 fn retry_after(status: &Status) -> Duration {
     let trailer = status
         .metadata()
-        .get("retry-after-ms")
+        .get(RETRY_AFTER)
         .and_then(|value| value.to_str().ok());
     let wait = trailer
         .and_then(|value| value.parse().ok())

@@ -23,7 +23,7 @@ use crate::{
     api::{authorize, status},
     budget::Ask,
     db::Db,
-    files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoredFile},
+    files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoreError, StoredFile},
     limits,
     listen::Caller,
     metrics as m,
@@ -172,7 +172,13 @@ impl Downloads {
                     "the file is not at hand now; try again later",
                 ))
             }
-            Err(error) => Err(status::store(error)),
+            Err(error) => {
+                if matches!(error, StoreError::Damaged(_)) {
+                    // An upload on any node takes its place. If it cannot be noted now, the next download does.
+                    let _ = self.db.note_damaged(&id).await;
+                }
+                Err(status::store(error))
+            }
         }
     }
 

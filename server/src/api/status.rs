@@ -33,7 +33,7 @@ pub fn with_next(mut status: Status, next: impl AsRef<str>) -> Status {
 }
 
 /// What was asked for is not to be had now; the peer is told when to ask again.
-fn ask_again(why: impl Into<String>) -> Status {
+pub fn ask_again(why: impl Into<String>) -> Status {
     let mut status = Status::unavailable(why);
     let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
     status.metadata_mut().insert("retry-after-ms", retry.into());

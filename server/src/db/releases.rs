@@ -132,7 +132,7 @@ pub enum Published {
     },
     /// Another release of the product and channel has this version.
     VersionTaken(ReleaseId),
-    /// A file that the release names was not uploaded.
+    /// A file that the release names was not uploaded, or is being removed as unused.
     FileMissing(FileId),
 }
 
@@ -179,12 +179,15 @@ impl Db {
         const SAME_ID: &str = "SELECT * FROM releases WHERE release_id = $1";
         const RIVALS: &str = "SELECT release_id, seq, version FROM releases \
             WHERE product = $1 AND channel = $2 AND (seq >= $3 OR version = $4) ORDER BY seq DESC";
-        const FILES: &str =
-            "SELECT f.file_id FROM {rows} AS x JOIN files AS f ON f.file_id = x.file_id";
+        const FILES: &str = "SELECT f.file_id FROM {rows} AS x JOIN files AS f ON f.file_id = x.file_id \
+            WHERE f.gone_at_ms IS NULL AND f.doomed_at_ms IS NULL AND f.damaged_at_ms IS NULL";
         const INSERT: &str = "INSERT INTO releases (release_id, product, channel, version, seq, security_counter, envelope, \
             file_id, size, file_name, image_id, image_size, issued_at_ms, expires_at_ms, published_at_ms, hw, \
             from_min, from_max, min_agent) \
             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)";
+        // They are needed from now on.
+        const UNMARK: &str = "UPDATE files SET unused_at_ms = NULL FROM {rows} AS x \
+            WHERE files.file_id = x.file_id AND files.unused_at_ms IS NOT NULL";
         const INSERT_FILES: &str =
             "INSERT INTO release_files (release_id, file_id) SELECT $2, x.file_id FROM {rows} AS x";
 
@@ -269,6 +272,13 @@ impl Db {
             INSERT_FILES,
             Rows::texts(&[Text("file_id")], &files),
             params![id],
+        )
+        .await?;
+        tx.execute_for(
+            PUBLISH,
+            UNMARK,
+            Rows::texts(&[Text("file_id")], &files),
+            vec![],
         )
         .await?;
         let details = format!(

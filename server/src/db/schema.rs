@@ -32,6 +32,12 @@ const MIGRATIONS: &[Migration] = &[
         sqlite: include_str!("../../migrations/sqlite/0002_deferred_until.sql"),
         postgres: include_str!("../../migrations/postgres/0002_deferred_until.sql"),
     },
+    Migration {
+        version: 3,
+        oldest_binary: 1,
+        sqlite: include_str!("../../migrations/sqlite/0003_unused_files.sql"),
+        postgres: include_str!("../../migrations/postgres/0003_unused_files.sql"),
+    },
 ];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.

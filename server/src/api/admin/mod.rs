@@ -3,6 +3,7 @@
 mod cluster;
 mod devices;
 mod downloads;
+mod files;
 mod releases;
 mod rollouts;
 mod uploads;
@@ -24,8 +25,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 
 use crate::{
-    api::authorize, backup, db::Db, devices::Devices, files::FileStore, limits, metrics as m,
-    releases::Releases, route::Route, session::Sessions, trust::TrustDocs,
+    api::authorize, backup, db::Db, devices::Devices, files::FileStore, garbage::Garbage, limits,
+    metrics as m, releases::Releases, route::Route, session::Sessions, trust::TrustDocs,
 };
 
 /// What the service works with; clones share it.
@@ -41,6 +42,7 @@ pub struct Admin {
     pub about: Arc<About>,
     /// Cancelled when the server drains: long answers end.
     pub stop: CancellationToken,
+    pub garbage: Garbage,
     pub uploads: Arc<Semaphore>,
     pub downloads: Arc<Semaphore>,
     /// One backup at a time.
@@ -131,6 +133,20 @@ impl AdminService for Admin {
         request: Request<Streaming<v1::UploadChunk>>,
     ) -> Answer<v1::UploadStatus> {
         call!(self, request, "UploadFile", uploads::receive)
+    }
+
+    async fn list_files(
+        &self,
+        request: Request<v1::ListFilesRequest>,
+    ) -> Answer<v1::ListFilesResponse> {
+        call!(self, request, "ListFiles", files::list)
+    }
+
+    async fn collect_files(
+        &self,
+        request: Request<v1::CollectFilesRequest>,
+    ) -> Answer<v1::CollectFilesResponse> {
+        call!(self, request, "CollectFiles", files::collect)
     }
 
     async fn publish_release(

@@ -5,9 +5,14 @@ use fwpush_proto::v1;
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
-use super::{Admin, id};
+use super::{
+    Admin,
+    files::{being_removed, wanted},
+    id,
+};
 use crate::{
     api::status as map,
+    db::Entered,
     files::{self, StoreError},
     limits, metrics as m,
 };
@@ -28,7 +33,12 @@ pub async fn status(
     if !(1..=limits::FILE_BYTES).contains(&request.size) {
         return Err(map::store(StoreError::Size));
     }
+    // What is not whole, and what was removed, is uploaded anew, whatever is found under its name.
+    let mend = wanted(admin, &file)
+        .await?
+        .is_some_and(|row| !row.is_kept());
     let stored = match admin.store.size(&file).await {
+        _ if mend => None,
         Ok(stored) => stored,
         // What is uploaded takes its place.
         Err(StoreError::Damaged(_)) => None,
@@ -37,7 +47,7 @@ pub async fn status(
     let (complete, received) = match stored {
         Some(received) => {
             // A crash between the file's rename and the database's commit is made good here.
-            admin.db.add_file(&file, received).await.map_err(map::db)?;
+            enter(admin, &file, received).await?;
             (true, received)
         }
         None => (false, received(admin, file, request.size).await?),
@@ -47,6 +57,14 @@ pub async fn status(
         received,
         complete,
     })
+}
+
+/// Notes that the store has the file.
+async fn enter(admin: &Admin, file: &FileId, size: u64) -> Result<(), Status> {
+    match admin.db.add_file(file, size).await.map_err(map::db)? {
+        Entered::Yes => Ok(()),
+        Entered::BeingRemoved => Err(being_removed()),
+    }
 }
 
 /// Bytes that an upload of the file holds.
@@ -74,6 +92,7 @@ pub async fn receive(
         .map_err(|_| Status::deadline_exceeded("no chunk within 10 s"))??
         .ok_or_else(|| Status::invalid_argument("no chunk came"))?;
     let file: FileId = id("file_id", &first.file_id)?;
+    wanted(admin, &file).await?;
     let owner = operator.to_string();
     // The line of an older upload may have died unnoticed; its operator is back.
     if let Some(ended) = admin.store.uploads().take_over(&file, &owner) {
@@ -123,7 +142,7 @@ pub async fn receive(
         .finish(upload, &admin.stop)
         .await
         .map_err(map::store)?;
-    admin.db.add_file(&file, size).await.map_err(map::db)?;
+    enter(admin, &file, size).await?;
     tracing::info!(operator.id = %operator, file = %file, bytes = size, "An image was uploaded.");
     Ok(v1::UploadStatus {
         file_id: file.to_string(),

@@ -1,0 +1,447 @@
+//! Images that nobody needs any more: marked on an operator's word, removed a day later.
+//!
+//! The order is what makes it safe. A file is marked in SQL; publishing or uploading it takes the mark away. One that is still marked a
+//! day later is *doomed* in a transaction that looks once more whether a release names it; from then on it can be neither published
+//! nor uploaded. Then it leaves the store, then its row. Whatever is cut off, a later run ends it.
+
+use std::{sync::Arc, time::Duration};
+
+use fwpush_keys::id::FileId;
+use tokio::{sync::Mutex, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    db::{Db, DbError, FileRow, Unused},
+    files::{FileStore, StoreError},
+    limits,
+};
+
+/// Why a run ended early. What it did stays done; the next one goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum GarbageError {
+    #[error(transparent)]
+    Db(#[from] DbError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, Default)]
+pub struct Collected {
+    /// Files that are marked now or are being removed, and how they stand. Removed ones are not among them.
+    pub unused: Vec<FileRow>,
+    /// Files that were removed, with their bytes; in a dry run those that would be.
+    pub removed: Vec<(FileId, u64)>,
+    /// Files of the store that no upload ended with, which are marked with the others.
+    pub adopted: u64,
+}
+
+/// Removes what is not needed; clones share the one run that there is at a time.
+#[derive(Clone, Debug)]
+pub struct Garbage {
+    db: Db,
+    store: FileStore,
+    one: Arc<Mutex<()>>,
+}
+
+impl Garbage {
+    pub fn new(db: Db, store: FileStore) -> Self {
+        Self {
+            db,
+            store,
+            one: Arc::default(),
+        }
+    }
+
+    /// What [`Self::collect`] would do now, without doing it.
+    pub async fn preview(&self, unused: Unused) -> Result<Collected, GarbageError> {
+        let unknown = self.unknown().await?;
+        let due = self.db.now().saturating_sub(limits::FILE_GRACE);
+        let rows = self.db.unused_files(unused).await?;
+        let (removed, unused): (Vec<FileRow>, _) = rows
+            .into_iter()
+            .partition(|row| row.unused_at.is_some_and(|at| at <= due));
+        Ok(Collected {
+            unused,
+            removed: removed.iter().map(|row| (row.file_id, row.size)).collect(),
+            adopted: unknown.len() as u64,
+        })
+    }
+
+    /// Marks what is `unused`, takes the mark from what is needed again, and removes what was marked a day ago.
+    pub async fn collect(&self, unused: Unused, actor: &str) -> Result<Collected, GarbageError> {
+        let _one = self.one.lock().await;
+        let unknown = self.unknown().await?;
+        for some in unknown.chunks(limits::FILES_DOOMED as usize) {
+            self.db.adopt_files(some).await?;
+        }
+        self.db.mark_files(unused, actor).await?;
+        let removed = self.remove_due(actor).await?;
+        Ok(Collected {
+            unused: self.db.unused_files(unused).await?,
+            removed,
+            adopted: unknown.len() as u64,
+        })
+    }
+
+    /// Goes on with what an operator began: removes what was marked a day ago, and marks nothing.
+    pub async fn go_on(&self, actor: &str) -> Result<(), GarbageError> {
+        let _one = self.one.lock().await;
+        self.remove_due(actor).await.map(drop)
+    }
+
+    /// What the store has and nobody entered.
+    async fn unknown(&self) -> Result<Vec<(FileId, u64)>, GarbageError> {
+        let stored = self.store.list().await?;
+        let mut unknown = Vec::new();
+        for some in stored.chunks(limits::COMMIT_ROWS) {
+            let ids: Vec<FileId> = some.iter().map(|stored| stored.file).collect();
+            let without_row = self.db.unknown_files(&ids).await?;
+            let of = some
+                .iter()
+                .filter(|stored| without_row.contains(&stored.file));
+            unknown.extend(of.map(|stored| (stored.file, stored.size)));
+        }
+        Ok(unknown)
+    }
+
+    async fn remove_due(&self, actor: &str) -> Result<Vec<(FileId, u64)>, GarbageError> {
+        self.db.unmark_files().await?;
+        let mut removed = Vec::new();
+        loop {
+            let began = Instant::now();
+            let (doomed_at, doomed) = self.db.doom_files().await?;
+            if doomed.is_empty() {
+                return Ok(removed);
+            }
+            let mut left = doomed.as_slice();
+            let mut failed = None;
+            while let [(id, size), rest @ ..] = left {
+                // Long before another node may take it over: a removal that comes late would hit a file that was uploaded since.
+                if began.elapsed() > DOOM_WORK {
+                    break;
+                }
+                left = rest;
+                // One that failed stays doomed: whether it was removed is not known.
+                match self.store.delete(id).await {
+                    Ok(()) => {
+                        if self.db.file_removed(id, doomed_at, actor).await? {
+                            tracing::info!(file = %id, bytes = size, "An unused image was removed.");
+                            removed.push((*id, *size));
+                        }
+                    }
+                    Err(error) => {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+            }
+            let spared: Vec<FileId> = left.iter().map(|(id, _)| *id).collect();
+            self.db.spare_files(&spared, doomed_at).await?;
+            if let Some(error) = failed {
+                return Err(error.into());
+            }
+        }
+    }
+
+    /// Removes from this node's cache what the store does not have any more.
+    pub async fn tidy_cache(&self) -> Result<(), GarbageError> {
+        let cached = self.store.cached();
+        for some in cached.chunks(limits::COMMIT_ROWS) {
+            let kept = self.db.kept_files(some).await?;
+            for file in some.iter().filter(|file| !kept.contains(file)) {
+                self.store.drop_cached(file).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How long a node works on files that it doomed at once: a twelfth of [`limits::DOOM_LIFE`], with room for a call that hangs.
+const DOOM_WORK: Duration = Duration::from_secs(300);
+
+/// Ends what is to end, now and then: uploads that nobody goes on with, images that were marked a day ago, cached ones that are gone.
+pub async fn keep_house(garbage: Garbage, actor: String, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
+        }
+        let uploads = garbage.store.uploads().clone();
+        let forgot = tokio::task::spawn_blocking(move || uploads.forget_old_uploads()).await;
+        if let Ok(Err(error)) = forgot {
+            tracing::warn!(%error, "Old uploads stay a while longer.");
+        }
+        let done = match garbage.go_on(&actor).await {
+            Ok(()) => garbage.tidy_cache().await,
+            failed => failed,
+        };
+        if let Err(error) = done {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "Unused images stay a while longer."
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        db::{
+            Entered, Published,
+            testing::{Bench, on_postgres_too, release},
+        },
+        files::FilesPlace,
+    };
+
+    on_postgres_too!(
+        what_no_release_names_goes_a_day_after_it_was_marked_and_nothing_else_does,
+        publishing_or_uploading_takes_the_mark_away,
+        what_only_revoked_releases_name_goes_when_it_is_asked_for_and_can_be_brought_back,
+        while_a_file_is_being_removed_it_can_be_neither_published_nor_uploaded,
+        a_removal_that_was_not_begun_is_given_up,
+        a_damaged_file_is_noted_until_it_is_uploaded_again,
+    );
+
+    const DAY: Duration = Duration::from_secs(24 * 3_600 + 1);
+
+    struct World {
+        bench: Bench,
+        _dir: tempfile::TempDir,
+        store: FileStore,
+        garbage: Garbage,
+        seq: u64,
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let bench = Bench::new().await;
+            let dir = tempfile::tempdir().unwrap();
+            let place = FilesPlace::directory(dir.path().join("files"));
+            let store = FileStore::open(&place).await.unwrap();
+            let garbage = Garbage::new(bench.db.clone(), store.clone());
+            Self {
+                bench,
+                _dir: dir,
+                store,
+                garbage,
+                seq: 0,
+            }
+        }
+
+        /// Into the store alone: as when the server is killed before it enters the file.
+        async fn store(&self, content: &[u8]) -> FileId {
+            let id = FileId::of(content);
+            let uploads = self.store.uploads();
+            let mut upload = uploads.upload(id, content.len() as u64, 0, "op").unwrap();
+            upload.append(content).unwrap();
+            let stop = CancellationToken::new();
+            self.store.finish(upload, &stop).await.unwrap();
+            id
+        }
+
+        async fn upload(&self, content: &[u8]) -> FileId {
+            let id = self.store(content).await;
+            let entered = self.bench.db.add_file(&id, content.len() as u64).await;
+            assert_eq!(entered.unwrap(), Entered::Yes);
+            id
+        }
+
+        async fn publish(&mut self, file: FileId) -> Published {
+            self.seq += 1;
+            let version = format!("1.{}.0", self.seq);
+            let row = release(&version, self.seq, file, self.bench.db.now());
+            let published = self.bench.db.insert_release(&row, &[file], "op").await;
+            published.unwrap()
+        }
+
+        async fn revoke(&self, row: &crate::db::ReleaseRow, revoked: bool) {
+            let list = if revoked {
+                vec![row.release_id]
+            } else {
+                vec![]
+            };
+            self.bench
+                .db
+                .set_revoked(&row.product, &list, "op")
+                .await
+                .unwrap();
+        }
+
+        async fn collect(&self, unused: Unused) -> Vec<FileId> {
+            let done = self.garbage.collect(unused, "op").await.unwrap();
+            done.removed.into_iter().map(|(id, _)| id).collect()
+        }
+
+        async fn is_stored(&self, id: &FileId) -> bool {
+            self.store.size(id).await.unwrap().is_some()
+        }
+    }
+
+    #[tokio::test]
+    async fn what_no_release_names_goes_a_day_after_it_was_marked_and_nothing_else_does() {
+        let mut world = World::new().await;
+        let (unnamed, named) = (world.upload(b"unnamed").await, world.upload(b"named").await);
+        let orphan = world.store(b"orphan").await;
+        assert!(matches!(world.publish(named).await, Published::New));
+        let seen = world.garbage.preview(Unused::Unnamed).await.unwrap();
+        assert_eq!((seen.unused.len(), seen.adopted), (1, 1));
+        assert!(
+            world.bench.db.file(&orphan).await.unwrap().is_none(),
+            "nothing was done"
+        );
+        world.bench.db.advance_clock(DAY);
+        assert!(
+            world.collect(Unused::Unnamed).await.is_empty(),
+            "they were marked just now"
+        );
+        world.bench.db.advance_clock(DAY);
+        let mut removed = world.collect(Unused::Unnamed).await;
+        removed.sort_unstable();
+        let mut expected = [unnamed, orphan];
+        expected.sort_unstable();
+        assert_eq!(removed, expected);
+        for id in [unnamed, orphan] {
+            assert!(!world.is_stored(&id).await);
+            assert!(world.bench.db.file(&id).await.unwrap().is_none());
+            assert!(matches!(world.publish(id).await, Published::FileMissing(_)));
+        }
+        assert!(world.is_stored(&named).await);
+    }
+
+    #[tokio::test]
+    async fn publishing_or_uploading_takes_the_mark_away() {
+        let mut world = World::new().await;
+        let files = [
+            world.upload(b"a").await,
+            world.upload(b"b").await,
+            world.upload(b"c").await,
+        ];
+        world.collect(Unused::Unnamed).await;
+        world.bench.db.advance_clock(DAY);
+        assert!(matches!(world.publish(files[0]).await, Published::New));
+        world.bench.db.want_file(&files[1]).await.unwrap();
+        world.upload(b"c").await;
+        assert!(world.collect(Unused::Unnamed).await.is_empty());
+        world.garbage.go_on("n1").await.unwrap();
+        for id in &files {
+            assert!(world.is_stored(id).await);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_only_revoked_releases_name_goes_when_it_is_asked_for_and_can_be_brought_back() {
+        let mut world = World::new().await;
+        let file = world.upload(b"bricks").await;
+        world.seq = 100;
+        let row = release("2.0.0", 90, file, world.bench.db.now());
+        world
+            .bench
+            .db
+            .insert_release(&row, &[file], "op")
+            .await
+            .unwrap();
+        world.collect(Unused::UnnamedOrRevoked).await;
+        assert!(
+            world
+                .bench
+                .db
+                .file(&file)
+                .await
+                .unwrap()
+                .unwrap()
+                .unused_at
+                .is_none()
+        );
+        world.revoke(&row, true).await;
+        world.collect(Unused::Unnamed).await;
+        assert!(
+            world
+                .bench
+                .db
+                .file(&file)
+                .await
+                .unwrap()
+                .unwrap()
+                .unused_at
+                .is_none()
+        );
+        world.collect(Unused::UnnamedOrRevoked).await;
+        world.bench.db.advance_clock(DAY);
+        // Whoever runs next carries it out.
+        world.garbage.go_on("n1").await.unwrap();
+        let left = world.bench.db.file(&file).await.unwrap().unwrap();
+        assert!(left.gone_at.is_some() && left.doomed_at.is_none() && !left.is_kept());
+        assert!(!world.is_stored(&file).await);
+        assert!(world.bench.db.kept_files(&[file]).await.unwrap().is_empty());
+        assert!(matches!(
+            world.publish(file).await,
+            Published::FileMissing(_)
+        ));
+        world.upload(b"bricks").await;
+        assert!(world.bench.db.file(&file).await.unwrap().unwrap().is_kept());
+        assert!(matches!(world.publish(file).await, Published::New));
+    }
+
+    #[tokio::test]
+    async fn while_a_file_is_being_removed_it_can_be_neither_published_nor_uploaded() {
+        let mut world = World::new().await;
+        let db = world.bench.db.clone();
+        let file = world.upload(b"a").await;
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        let (doomed_at, doomed) = db.doom_files().await.unwrap();
+        assert_eq!(doomed, [(file, 1)]);
+        assert!(matches!(
+            world.publish(file).await,
+            Published::FileMissing(_)
+        ));
+        assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::BeingRemoved);
+        assert!(
+            db.want_file(&file)
+                .await
+                .unwrap()
+                .unwrap()
+                .doomed_at
+                .is_some()
+        );
+        assert!(
+            db.doom_files().await.unwrap().1.is_empty(),
+            "another node leaves it alone"
+        );
+        // The node died. Another takes over, and the first one's late word counts no more.
+        db.advance_clock(limits::DOOM_LIFE + Duration::from_secs(1));
+        let (taken_at, taken) = db.doom_files().await.unwrap();
+        assert_eq!(taken, doomed);
+        assert!(!db.file_removed(&file, doomed_at, "n1").await.unwrap());
+        assert!(db.file_removed(&file, taken_at, "n2").await.unwrap());
+        assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::Yes);
+        assert!(matches!(world.publish(file).await, Published::New));
+    }
+
+    #[tokio::test]
+    async fn a_removal_that_was_not_begun_is_given_up() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let file = world.upload(b"a").await;
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        let (doomed_at, _) = db.doom_files().await.unwrap();
+        db.spare_files(&[file], doomed_at).await.unwrap();
+        assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::Yes);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_file_is_noted_until_it_is_uploaded_again() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let file = world.upload(b"a").await;
+        db.note_damaged(&file).await.unwrap();
+        db.note_damaged(&file).await.unwrap();
+        assert!(!db.want_file(&file).await.unwrap().unwrap().is_kept());
+        world.upload(b"a").await;
+        assert!(db.want_file(&file).await.unwrap().unwrap().is_kept());
+    }
+}
