@@ -50,13 +50,14 @@ pub const OTHER_FILES: u64 = 256;
 /// One message from the server: a notice with an envelope of 64 KiB, and room.
 pub const MESSAGE_BYTES: usize = 256 << 10;
 
-/// HTTP/2 windows and frame size of every client that downloads: enough for one core to be the bound, not the round trip.
+/// HTTP/2 windows of every client that downloads: enough for one core to be the bound, not the round trip.
 pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-pub const FRAME_BYTES: u32 = 1 << 20;
 
-/// Chunks that the verifying device asks for.
-pub const DEVICE_CHUNK_BYTES: u32 = 1 << 20;
+/// Frames, and the chunks that the verifying device asks for. Of a megabyte they are out of the cache before the last byte is
+/// there, and glibc gives the memory of each back and has it faulted in anew.
+pub const FRAME_BYTES: u32 = 256 << 10;
+pub const DEVICE_CHUNK_BYTES: u32 = 256 << 10;
 
 /// One chunk of an upload, the server's bound.
 pub const UPLOAD_CHUNK_BYTES: usize = 1 << 20;

@@ -30,7 +30,7 @@ mod pull;
 mod sink;
 
 use pull::{Pull, PullError};
-use sink::{Sink, SinkError};
+use sink::{Scanned, Sink, SinkError};
 
 /// One image on its way into the spare slot.
 pub(crate) struct Transfer<S> {
@@ -115,9 +115,14 @@ impl<S: Slots> Transfer<S> {
         let mut reused;
         (sink, reused) = sink.run(Sink::forget_cached).await?;
         reused.map_err(trouble_of)?;
+        let mut read = Scanned::default();
         for start in (0..groups).step_by(batch.max(1) as usize) {
             let end = groups.min(start + batch);
-            (sink, reused) = sink.run(move |sink| sink.scan(start..end)).await?;
+            let scanned = sink.run(move |sink| {
+                let scanned = sink.scan(start..end, &mut read);
+                (scanned, read)
+            });
+            (sink, (reused, read)) = scanned.await?;
             reused.map_err(trouble_of)?;
             sink.tell_progress();
             // In-memory slots are scanned on this very thread.
@@ -292,7 +297,7 @@ impl Pace {
     }
 
     /// Gives what these bytes take at that rate.
-    fn received(&mut self, bytes: usize) -> Duration {
+    fn received(&mut self, bytes: u64) -> Duration {
         let Some(rate) = self.bytes_per_second else {
             return Duration::ZERO;
         };

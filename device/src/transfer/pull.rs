@@ -8,13 +8,13 @@ use fwpush_keys::{
     outline::{GROUP_BYTES, OutlineError},
     tls::explain,
 };
-use fwpush_proto::v1::{FileChunk, FileRequest, Part, file_service_client::FileServiceClient};
+use fwpush_proto::v1::{FileRequest, Part};
 use thiserror::Error;
 use tokio::{
     task::{JoinError, JoinHandle},
     time::{Instant, sleep_until, timeout},
 };
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use super::{
     Pace,
@@ -27,6 +27,10 @@ use crate::{
     slots::Slots,
     update::Trouble,
 };
+
+mod messages;
+
+use messages::Messages;
 
 /// Why a call ended before its last byte.
 #[derive(Debug, Error)]
@@ -169,14 +173,12 @@ impl Pull {
             max_chunk_bytes: self.chunk_bytes,
             part: part.into(),
         };
-        let mut client = FileServiceClient::new(self.connection.channel.clone())
-            .max_decoding_message_size(limits::CHUNK_MESSAGE_BYTES);
         let give_up = Instant::now() + self.group_timeout;
-        let call = client.download_file(request);
-        let called = watched(&self.connection, self.stall, give_up, call).await?;
-        let stream = called.map_err(PullError::of)?.into_inner();
+        let call = Messages::call(self.connection.channel.clone(), &request);
+        let messages = watched(&self.connection, self.stall, give_up, call).await??;
         Ok(Chunks {
-            stream,
+            messages,
+            here: VecDeque::new(),
             range,
             connection: self.connection,
             stall: self.stall,
@@ -277,7 +279,9 @@ pub(super) fn stopped(error: JoinError) -> Trouble {
 
 /// The chunks of one call.
 struct Chunks {
-    stream: Streaming<FileChunk>,
+    messages: Messages,
+    /// The rest of the chunk that came last, checked and counted.
+    here: VecDeque<Bytes>,
     /// What is still to come.
     range: Range<u64>,
     connection: Connection,
@@ -294,18 +298,20 @@ struct Chunks {
 impl Chunks {
     /// The next bytes; `None` after the last. May be dropped while it waits: nothing is lost.
     async fn next(&mut self) -> Result<Option<Bytes>, PullError> {
+        if let Some(bytes) = self.here.pop_front() {
+            return Ok(Some(bytes));
+        }
         if self.range.is_empty() {
             // Only for the server's books; what it may still say changes nothing.
-            let _ = timeout(limits::TRAILERS_TIMEOUT, self.stream.message()).await;
+            let _ = timeout(limits::TRAILERS_TIMEOUT, self.messages.next()).await;
             return Ok(None);
         }
         self.pace.wait().await;
-        let message = self.stream.message();
-        let chunk = watched(&self.connection, self.stall, self.give_up, message)
-            .await?
-            .map_err(PullError::of)?
+        let next = self.messages.next();
+        let chunk = watched(&self.connection, self.stall, self.give_up, next)
+            .await??
             .ok_or_else(|| PullError::wrong("the stream ended early"))?;
-        let length = chunk.content.len() as u64;
+        let length = chunk.len();
         if chunk.offset != self.range.start || length > self.range.end - self.range.start {
             return Err(PullError::wrong("it sent other bytes than were asked for"));
         }
@@ -320,14 +326,15 @@ impl Chunks {
         }
         self.range.start += length;
         (self.observe)(AgentEvent::Bytes(length));
-        self.arrived(&chunk.content);
-        Ok(Some(chunk.content))
+        self.arrived(length);
+        self.here = chunk.content;
+        Ok(self.here.pop_front())
     }
 
     /// Sets when the next group must have come: a server that trickles single bytes does not keep a call alive.
-    fn arrived(&mut self, content: &Bytes) {
-        self.since_group += content.len() as u64;
-        let paced = self.pace.received(content.len());
+    fn arrived(&mut self, bytes: u64) {
+        self.since_group += bytes;
+        let paced = self.pace.received(bytes);
         self.give_up += paced;
         if self.since_group >= GROUP_BYTES {
             self.since_group = 0;

@@ -50,6 +50,13 @@ impl From<crate::slots::Gone> for SinkError {
     }
 }
 
+/// What a scan read of both slots, to be used by the next: memory that is asked for again each time is given back each time.
+#[derive(Debug, Default)]
+pub(super) struct Scanned {
+    spare: Vec<u8>,
+    running: Vec<u8>,
+}
+
 /// Takes a stream of bytes, checks each whole group against the outline, and only then writes it.
 pub(super) struct Sink<S> {
     slots: SlotHandle<S>,
@@ -211,15 +218,17 @@ impl<S: Slots> Sink<S> {
     }
 
     /// Looks for some groups on the device, and copies into the spare slot what is elsewhere.
-    pub(super) fn scan(&mut self, groups: Range<u64>) -> Result<(), SinkError> {
+    pub(super) fn scan(&mut self, groups: Range<u64>, read: &mut Scanned) -> Result<(), SinkError> {
         let bytes = self.missing.bytes_of(&groups);
-        let mut spare = vec![0; (bytes.end - bytes.start) as usize];
-        let mut running = spare.clone();
+        let length = (bytes.end - bytes.start) as usize;
+        let Scanned { spare, running } = read;
+        spare.resize(length, 0);
+        running.resize(length, 0);
         let running_known = self.slots.call(|slots| {
             let slot = slots.view()?.running;
-            slots.read(slot.other(), bytes.start, &mut spare)?;
+            slots.read(slot.other(), bytes.start, spare)?;
             // The running slot may be smaller than the image, or unreadable there: then it is no help.
-            Ok::<_, SlotError>(slots.read(slot, bytes.start, &mut running).is_ok())
+            Ok::<_, SlotError>(slots.read(slot, bytes.start, running).is_ok())
         })??;
         for (index, at) in groups.zip((0..).step_by(GROUP)) {
             let end = spare.len().min(at + GROUP);
