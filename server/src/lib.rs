@@ -12,6 +12,7 @@ pub mod db;
 pub mod desired;
 pub mod devices;
 pub mod driver;
+mod engines;
 pub mod files;
 pub mod garbage;
 pub mod ingest;

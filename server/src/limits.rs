@@ -214,9 +214,6 @@ pub const DOOM_LIFE: Duration = Duration::from_secs(3_600);
 /// Unused images told of in one answer: 200 bytes each.
 pub const FILES_LISTED: u32 = 5_000;
 
-/// How often a server looks whether its image store is there, and how long that may take.
-pub const FILES_WATCH: Duration = Duration::from_secs(5);
-
 /// How far ahead of the database a device's generation can be: a restored backup is behind by the changes since it was made,
 /// one or two for each rollout. Devices follow no further either.
 pub const GENERATION_STEP: u64 = 1 << 24;
@@ -304,8 +301,8 @@ pub const PG_KEEPALIVE: Duration = Duration::from_secs(5);
 pub const CARRY_ROWS: u64 = 1_000;
 pub const CARRY_BYTES: usize = 4 << 20;
 
-/// How often a server looks whether its database is there, and how long that may take.
-pub const DB_WATCH: Duration = Duration::from_secs(5);
+/// How often a server looks whether its database, image store and Redis are there, and how long each may take to answer.
+pub const ENGINE_WATCH: Duration = Duration::from_secs(5);
 
 /// Devices changed in one transaction: each changes its record, an ended and a new row and an event at most, and so stays within
 /// [`COMMIT_ROWS`].
@@ -457,6 +454,14 @@ pub const ANNOUNCEMENTS: usize = 1_024;
 
 /// Nodes that share a database compare what others may have changed this often, +-20 %, whatever they were told.
 pub const RECONCILE: Duration = Duration::from_secs(30);
+
+/// Presence events that wait to be passed on to other nodes; a device that comes and goes while more do is not heard of there.
+pub const PRESENCE_QUEUE: usize = 4_096;
+
+/// Devices that hear of others, over all: each event is compared with every one of them. Read anew at most this often, and only while
+/// there are events.
+pub const LISTENERS: u32 = 10_000;
+pub const LISTENERS_LIFE: Duration = Duration::from_secs(5);
 
 /// Another node is connected to, and answers, within this.
 pub const PEER_CONNECT: Duration = Duration::from_secs(3);

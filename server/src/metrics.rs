@@ -5,6 +5,8 @@ use std::{sync::OnceLock, time::Duration};
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
+use crate::engines::Engine;
+
 pub const DEVICES_ONLINE: &str = "fwpush_devices_online";
 pub const CONNECTIONS: &str = "fwpush_connections";
 pub const HANDSHAKES: &str = "fwpush_handshakes_total";
@@ -34,22 +36,13 @@ pub const FILES_FETCHED: &str = "fwpush_files_fetched_total";
 pub const FILES_EVICTED: &str = "fwpush_files_evicted_total";
 pub const FILES_CACHED: &str = "fwpush_files_cache_bytes";
 
-/// What a look at the image store came to: how long it took, or None.
-pub fn files_answered(took: Option<Duration>) {
-    answered(FILES_UP, FILES_SECONDS, took);
-}
-
-/// What a look at the database came to: how long it took, or None.
-pub fn db_answered(took: Option<Duration>) {
-    answered(DATABASE_UP, DATABASE_SECONDS, took);
-}
-
-/// What a look at Redis came to.
-pub fn redis_answered(took: Option<Duration>) {
-    answered(REDIS_UP, REDIS_SECONDS, took);
-}
-
-fn answered(up: &'static str, seconds: &'static str, took: Option<Duration>) {
+/// What a look at an engine came to: how long it took, or None.
+pub fn engine_answered(engine: Engine, took: Option<Duration>) {
+    let (up, seconds) = match engine {
+        Engine::Database => (DATABASE_UP, DATABASE_SECONDS),
+        Engine::Files => (FILES_UP, FILES_SECONDS),
+        Engine::Redis => (REDIS_UP, REDIS_SECONDS),
+    };
     metrics::gauge!(up).set(f64::from(u8::from(took.is_some())));
     if let Some(took) = took {
         metrics::histogram!(seconds).record(took);

@@ -24,20 +24,21 @@ use fwpush_proto::v1::{
 use tokio::{
     sync::{Semaphore, mpsc},
     task::JoinSet,
-    time::{Instant, timeout},
+    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
     access::Access,
-    api::{About, Admin, Downloads, Engine, Health, Nodes, Push, serve_http},
+    api::{About, Admin, Downloads, Health, Nodes, Push, serve_http},
     backup,
     config::{Config, ConfigError, Tunables},
     db::{Db, DbError},
     devices::Devices,
     driver::{self, Driver},
-    files::{self, FileStore, StoreError},
+    engines,
+    files::{FileStore, StoreError},
     garbage::{self, Garbage},
     ingest::Ingest,
     limits,
@@ -158,12 +159,14 @@ impl Server {
             }
             Some(membership) => {
                 let (told, ends) = mpsc::channel(limits::SESSION_ENDS);
-                let sessions = Sessions::with_ends(db.now(), Some(told));
+                let (seen, presence) = mpsc::channel(limits::PRESENCE_QUEUE);
+                let sessions = Sessions::of_cluster(db.now(), told, seen);
                 let join = Join {
                     membership,
                     node: config.node_id.clone(),
                     tls: peers_tls.clone(),
                     ends,
+                    presence,
                 };
                 let route = Route::join(join, &db, sessions.clone(), news.clone(), &engine_stop);
                 (sessions, route)
@@ -259,8 +262,12 @@ impl Server {
             })
         };
         let health = Health::default();
-        let devices = listener("devices", &tls.devices, devices_app(context, downloads));
-        let operators = listener("operators", &tls.operators, operators_app(admin)?);
+        let devices = listener(
+            "devices",
+            &tls.devices,
+            devices_app(context, downloads, &health),
+        );
+        let operators = listener("operators", &tls.operators, operators_app(admin, &health)?);
         let mut listeners = JoinSet::new();
         listeners.spawn(listen::serve(devices_socket, devices, stop.clone()));
         listeners.spawn(listen::serve(operators_socket, operators, stop.clone()));
@@ -277,8 +284,9 @@ impl Server {
             sessions.clone(),
             engine_stop.clone(),
         ));
-        tokio::spawn(watch_engines(
+        tokio::spawn(engines::watch(
             db.clone(),
+            store.clone(),
             route.clone(),
             health.clone(),
             engine_stop.clone(),
@@ -294,7 +302,6 @@ impl Server {
             };
             tokio::spawn(reconcile.run((news, heard), engine_stop.clone()));
         }
-        tokio::spawn(files::watch(store.clone(), engine_stop.clone()));
         health.set_ready(true);
         tracing::info!(
             devices = %addresses.devices, operators = %addresses.operators, node.id = %config.node_id, database = %config.place()?,
@@ -347,6 +354,9 @@ impl Running {
             || config.place()? != self.config.place()?
             || config.files != self.config.files
             || config.membership()? != self.config.membership()?;
+        if config.place()? == self.config.place()? {
+            self.db.reread_password(&config.place()?)?;
+        }
         if moved {
             tracing::warn!(
                 "Addresses, database, files or cluster changed in the configuration: restart to use them."
@@ -387,13 +397,14 @@ impl Running {
     }
 }
 
-fn devices_app(context: Context, downloads: Downloads) -> Router {
+fn devices_app(context: Context, downloads: Downloads, health: &Health) -> Router {
     let push = PushServiceServer::new(Push::new(context))
         .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES)
         .max_encoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
-    let (_, health) = tonic_health::server::health_reporter();
     // Its own bound would be 4 MiB for each of a connection's streams.
-    let health = health.max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES);
+    let health = health
+        .service()
+        .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES);
     Routes::new(push)
         .add_service(health)
         .prepare()
@@ -401,12 +412,12 @@ fn devices_app(context: Context, downloads: Downloads) -> Router {
         .merge(downloads.router())
 }
 
-fn operators_app(admin: Admin) -> Result<Router, StartError> {
+fn operators_app(admin: Admin, health: &Health) -> Result<Router, StartError> {
     let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone(), admin.route.clone()))
         .max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
     let admin =
         AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
-    let (_, health) = tonic_health::server::health_reporter();
+    let health = health.service();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .build_v1()?;
@@ -512,68 +523,6 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
             path: dir.to_owned(),
         }),
         Err(fs::TryLockError::Error(source)) => Err(failed(source)),
-    }
-}
-
-/// Notes when the database or Redis goes away and when it is back. Everything else goes on, and waits for it where it needs it.
-async fn watch_engines(db: Db, route: Route, health: Health, stop: CancellationToken) {
-    let mut round = tokio::time::interval(limits::DB_WATCH);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => return,
-            _ = round.tick() => {}
-        }
-        let (database, redis) = tokio::join!(check_database(&db), route.check_redis());
-        if let Some(database) = database {
-            metrics::db_answered(database.as_ref().ok().copied());
-            note(
-                &health,
-                Engine::Database,
-                database,
-                "devices stay connected, and what they report waits",
-            );
-        }
-        if let Some(redis) = redis {
-            metrics::redis_answered(redis.as_ref().ok().copied());
-            note(
-                &health,
-                Engine::Redis,
-                redis,
-                "devices stay connected, and hear later of what other nodes begin",
-            );
-        }
-    }
-}
-
-/// How long the database took to answer, or why it did not; None: it is closed.
-async fn check_database(db: &Db) -> Option<Result<Duration, String>> {
-    let asked = Instant::now();
-    match timeout(limits::DB_WATCH, db.check()).await {
-        Ok(Ok(())) => Some(Ok(asked.elapsed())),
-        Ok(Err(DbError::Closed)) => None,
-        Ok(Err(error)) => Some(Err(error.to_string())),
-        Err(_) => Some(Err(format!(
-            "no answer within {} s",
-            limits::DB_WATCH.as_secs()
-        ))),
-    }
-}
-
-/// Notes an answer for the probes, and logs when it begins and when it ends that there is none.
-fn note(
-    health: &Health,
-    engine: Engine,
-    answer: Result<Duration, String>,
-    meanwhile: &'static str,
-) {
-    let name = engine.as_str();
-    let article = if engine == Engine::Redis { "" } else { "The " };
-    match (health.set_answers(engine, answer.is_ok()), answer) {
-        (true, Err(problem)) => {
-            tracing::error!(problem, "{article}{name} is away: {meanwhile}.");
-        }
-        (false, Ok(_)) => tracing::info!("{article}{name} is back."),
-        _ => {}
     }
 }
 

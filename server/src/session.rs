@@ -69,10 +69,20 @@ struct Inner {
     ends: Option<mpsc::Sender<Ended>>,
 }
 
+/// What happened to a device, for those on other nodes that may hear of it.
+#[derive(Debug)]
+pub(crate) struct Presence {
+    pub device: DeviceId,
+    pub product: Product,
+    pub event: EventType,
+    pub details: String,
+}
+
 /// A session that has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub device: DeviceId,
+    pub product: Product,
     pub session_id: String,
 }
 
@@ -87,6 +97,8 @@ pub(crate) struct Ticket {
     pub takeovers: Option<usize>,
     /// The registry knows of it.
     pub registered: bool,
+    /// The session before it is live on another node.
+    pub moved: bool,
 }
 
 /// A session as the registry knows it.
@@ -108,6 +120,8 @@ struct State {
     /// When streams took the place of a live one that they did not know of; no more than is needed to judge.
     takeovers: HashMap<DeviceId, Vec<Instant>>,
     draining: bool,
+    /// Where presence is told for other nodes. Full: they do not hear of it.
+    presence: Option<mpsc::Sender<Presence>>,
 }
 
 #[derive(Debug)]
@@ -137,14 +151,30 @@ struct Left {
 impl Sessions {
     /// `floor` is the present time: epochs start above every epoch that an earlier run gave out.
     pub fn new(floor: Timestamp) -> Self {
-        Self::with_ends(floor, None)
+        Self::with(floor, None, None)
     }
 
-    /// As [`Self::new`]; sessions that end are told to `ends`.
-    pub(crate) fn with_ends(floor: Timestamp, ends: Option<mpsc::Sender<Ended>>) -> Self {
+    /// As [`Self::new`], for a node of a cluster; sessions that end are told to `ends`, and who comes and goes to `presence`.
+    pub(crate) fn of_cluster(
+        floor: Timestamp,
+        ends: mpsc::Sender<Ended>,
+        presence: mpsc::Sender<Presence>,
+    ) -> Self {
+        Self::with(floor, Some(ends), Some(presence))
+    }
+
+    fn with(
+        floor: Timestamp,
+        ends: Option<mpsc::Sender<Ended>>,
+        presence: Option<mpsc::Sender<Presence>>,
+    ) -> Self {
+        let state = State {
+            presence,
+            ..State::default()
+        };
         Self {
             inner: Arc::new(Inner {
-                state: Mutex::default(),
+                state: Mutex::new(state),
                 epoch: AtomicU64::new(as_epoch(floor)),
                 ends,
             }),
@@ -169,6 +199,7 @@ impl Sessions {
             before: None,
             takeovers: None,
             registered: false,
+            moved: false,
         }
     }
 
@@ -215,6 +246,7 @@ impl Sessions {
             before,
             takeovers,
             registered,
+            moved,
         } = ticket;
         let (desired_tx, desired) = watch::channel(None);
         let (control_tx, control) = mpsc::channel(limits::CONTROL_QUEUE);
@@ -271,7 +303,7 @@ impl Sessions {
         }
         let unknowing = old.is_some() && !session.resumed;
         session.takeovers = takeovers.unwrap_or_else(|| state.count_takeover(device, unknowing));
-        if old.is_none() {
+        if old.is_none() && !moved {
             state.announce(device, product, EventType::Online, "");
         }
         metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);
@@ -445,6 +477,14 @@ impl Sessions {
         }
     }
 
+    /// Tells those who may hear it that `device` has left, unless it is here again.
+    pub(crate) fn announce_offline(&self, device: &DeviceId, product: &Product) {
+        let state = self.state();
+        if !state.live.contains_key(device) {
+            state.announce(device, product, EventType::Offline, "");
+        }
+    }
+
     /// Tells those who may hear it that `device` runs `version` now.
     pub fn announce_update(&self, device: &DeviceId, product: &Product, version: &str) {
         self.state()
@@ -500,15 +540,17 @@ impl Sessions {
                 // Forgetting costs these devices one full comparison when they return, nothing else.
                 state.left.clear();
             }
-            state.announce(device, &entry.product, EventType::Offline, "");
-            if let Some(ends) = &self.inner.ends {
+            // Whether the device has left or is on another node by now, the registry knows.
+            let told = self.inner.ends.as_ref().is_some_and(|ends| {
                 let ended = Ended {
                     device: device.clone(),
+                    product: entry.product.clone(),
                     session_id: entry.session_id.clone(),
                 };
-                if ends.try_send(ended).is_err() {
-                    tracing::debug!(device.id = %device, "The end of a session was not told to the registry.");
-                }
+                ends.try_send(ended).is_ok()
+            });
+            if !told {
+                state.announce(device, &entry.product, EventType::Offline, "");
             }
             let left = Left {
                 session_id: entry.session_id,
@@ -587,6 +629,17 @@ impl State {
 
     /// Events are best effort: a listener whose queue is full misses one.
     fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
+        if let Some(presence) = &self.presence {
+            let told = presence.try_send(Presence {
+                device: device.clone(),
+                product: product.clone(),
+                event,
+                details: details.to_owned(),
+            });
+            if told.is_err() {
+                tracing::debug!(device.id = %device, "A presence event was not told to other nodes.");
+            }
+        }
         let of_device = self.hears_device.get(device);
         let of_product = self.hears_product.get(product);
         for listener in of_device

@@ -8,24 +8,11 @@ use std::{
 use fwpush_keys::GROUP_BYTES;
 use fwpush_tests::{
     agent::{Device, filler, table},
+    clock::library,
     site::Site,
 };
 
 const GROUPS: u64 = 32;
-
-/// The library that shows a process another time than there is, where it is installed.
-fn library() -> Option<PathBuf> {
-    let path = format!(
-        "/usr/lib/{}-linux-gnu/faketime/libfaketime.so.1",
-        std::env::consts::ARCH
-    );
-    let path = PathBuf::from(path);
-    if !path.exists() {
-        eprintln!("libfaketime is not installed: skipped");
-        return None;
-    }
-    Some(path)
-}
 
 /// The clock of one device: of the day and not the monotonic one, as when a board sets its clock.
 struct Clock {

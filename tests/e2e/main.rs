@@ -5,6 +5,7 @@ mod bad_image;
 mod board;
 mod bundle;
 mod clocks;
+mod cluster;
 mod corruption;
 mod demo;
 mod download;

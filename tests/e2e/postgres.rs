@@ -10,6 +10,10 @@ use fwpush_tests::{
     wait::{LONG, until},
 };
 
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
 use crate::fleet::{all_online, fleet, reached, version};
 
 const DEVICES: usize = 40;
@@ -26,6 +30,20 @@ async fn ready(site: &Site, words: &str) {
         }
     })
     .await;
+}
+
+/// What the gRPC health service says.
+async fn served(site: &Site, service: &str) -> ServingStatus {
+    let certificates = site.operator_certificates();
+    let channel = certificates
+        .connect(&site.operators.to_string())
+        .await
+        .unwrap();
+    let request = HealthCheckRequest {
+        service: service.to_owned(),
+    };
+    let answer = HealthClient::new(channel).check(request).await.unwrap();
+    answer.into_inner().status()
 }
 
 fn metric(site: &Site, name: &str) -> Option<String> {
@@ -56,8 +74,18 @@ async fn a_rollout_outlives_crashes_of_postgresql_with_nothing_lost() {
     assert_eq!(online, Some(DEVICES.to_string()));
     assert_eq!(fleet.snapshot().online, DEVICES);
     site.server().line_with("The database is away");
+    assert_eq!(
+        served(&site, "fwpush.database").await,
+        ServingStatus::NotServing
+    );
+    assert_eq!(served(&site, "fwpush.files").await, ServingStatus::Serving);
+    assert_eq!(served(&site, "").await, ServingStatus::Serving);
     postgres.resume().unwrap();
     ready(&site, "ready\n").await;
+    assert_eq!(
+        served(&site, "fwpush.database").await,
+        ServingStatus::Serving
+    );
     site.server().line_with("The database is back");
     assert_eq!(metric(&site, "fwpush_database_up").as_deref(), Some("1"));
 

@@ -5,6 +5,8 @@ pub mod agent;
 pub mod bins;
 pub mod bootloader;
 pub mod client;
+pub mod clock;
+pub mod cluster;
 pub mod disk;
 pub mod hostile;
 pub mod http2;

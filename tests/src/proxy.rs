@@ -50,7 +50,7 @@ pub enum Fate {
 type Fates = Box<dyn FnMut() -> Fate + Send>;
 
 struct Shared {
-    server: SocketAddr,
+    server: Mutex<SocketAddr>,
     fates: Mutex<Fates>,
     /// Where connections to the server come from.
     source: Mutex<IpAddr>,
@@ -73,7 +73,7 @@ impl Proxy {
         let address = listener.local_addr().unwrap();
         let (ends, end) = watch::channel(End::Silence);
         let shared = Arc::new(Shared {
-            server,
+            server: Mutex::new(server),
             fates: Mutex::new(Box::new(|| Fate::Pass)),
             source: Mutex::new(Ipv4Addr::LOCALHOST.into()),
             bytes_per_second: AtomicU64::new(0),
@@ -98,6 +98,11 @@ impl Proxy {
     /// From here on nothing passes on the connections there are, in either direction; they stay open. New ones work.
     pub fn cut(&self) {
         self.ends.send_replace(End::Silence);
+    }
+
+    /// New connections go to `server` from here on.
+    pub fn lead_to(&self, server: SocketAddr) {
+        *self.shared.server.lock().unwrap() = server;
     }
 
     /// Closes all connections there are. New ones work.
@@ -151,7 +156,8 @@ async fn relay(device: TcpStream, shared: Arc<Shared>, mut end: watch::Receiver<
     }
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((source, 0).into()).unwrap();
-    let Ok(upstream) = socket.connect(shared.server).await else {
+    let server = *shared.server.lock().unwrap();
+    let Ok(upstream) = socket.connect(server).await else {
         return;
     };
     let (mut from_device, mut to_device) = device.into_split();

@@ -374,15 +374,7 @@ impl Site {
 
     /// Status line and body of a plain GET from the listener of probes and metrics.
     pub fn get(&self, path: &str) -> (String, String) {
-        use std::io::{Read as _, Write as _};
-        let mut tcp = std::net::TcpStream::connect(self.metrics).unwrap();
-        tcp.set_read_timeout(Some(crate::wait::LONG)).unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        tcp.write_all(request.as_bytes()).unwrap();
-        let mut answer = String::new();
-        tcp.read_to_string(&mut answer).unwrap();
-        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-        (head.lines().next().unwrap().to_owned(), body.to_owned())
+        get(self.metrics, path)
     }
 
     /// The server's metrics.
@@ -395,6 +387,19 @@ impl Default for Site {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Status line and body of a plain GET.
+pub fn get(address: SocketAddr, path: &str) -> (String, String) {
+    use std::io::{Read as _, Write as _};
+    let mut tcp = std::net::TcpStream::connect(address).unwrap();
+    tcp.set_read_timeout(Some(crate::wait::LONG)).unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    tcp.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    tcp.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.lines().next().unwrap().to_owned(), body.to_owned())
 }
 
 fn read(path: &Path) -> String {

@@ -14,37 +14,32 @@ use hyper_util::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::sync::CancellationToken;
+use tonic_health::{
+    ServingStatus,
+    pb::health_server::HealthServer,
+    server::{HealthReporter, HealthService},
+};
+
+use crate::engines::Engine;
 
 /// Scrapers and probes need a few connections; more are refused.
 const CONNECTIONS: usize = 64;
 
 /// Whether this node wants new work; shared by the probes and the drain.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Health {
     ready: Arc<AtomicBool>,
-    away: Arc<[AtomicBool; 3]>,
+    away: Arc<[AtomicBool; Engine::ALL.len()]>,
+    /// The same for gRPC; the server as a whole serves as long as it answers.
+    reporter: HealthReporter,
 }
 
-/// What the server works with and can live without for a while.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Engine {
-    /// Without it nothing new is begun.
-    Database,
-    /// Without it files that this node has not cached are not served.
-    Files,
-    /// Without it nodes hear of one another's changes later.
-    Redis,
-}
-
-impl Engine {
-    pub const ALL: [Self; 3] = [Self::Database, Self::Files, Self::Redis];
-
-    /// As health checks and logs call it.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Database => "database",
-            Self::Files => "file store",
-            Self::Redis => "Redis",
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            ready: Arc::default(),
+            away: Arc::default(),
+            reporter: HealthReporter::new(),
         }
     }
 }
@@ -55,8 +50,21 @@ impl Health {
     }
 
     /// Notes whether an engine answers; gives what was noted before.
-    pub fn set_answers(&self, engine: Engine, answers: bool) -> bool {
+    pub async fn set_answers(&self, engine: Engine, answers: bool) -> bool {
+        let status = if answers {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
+        self.reporter
+            .set_service_status(engine.service(), status)
+            .await;
         !self.away[engine as usize].swap(!answers, Ordering::AcqRel)
+    }
+
+    /// For gRPC health checks: `""` is the server, [`Engine::service`] each engine that it has.
+    pub fn service(&self) -> HealthServer<HealthService> {
+        HealthServer::new(HealthService::from_health_reporter(self.reporter.clone()))
     }
 
     /// Whether an engine answered when it was last asked.

@@ -10,6 +10,6 @@ mod status;
 
 pub use admin::{About, Admin};
 pub use files::Downloads;
-pub use http::{Engine, Health, serve_http};
+pub use http::{Health, serve_http};
 pub use node::Nodes;
 pub use push::Push;

@@ -39,7 +39,7 @@ pub use leases::{HeldLease, Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};
 pub use place::{Options, Place, PlaceError, PostgresPlace, TlsMode};
 pub use releases::{Published, ReleaseRow};
-pub(crate) use standing::Standing;
+pub(crate) use standing::{Listener, Standing};
 pub use trust::TrustKind;
 
 use clock::Clock;
@@ -116,6 +116,11 @@ impl Db {
     /// Writes a consistent copy into `path`, which must not exist, while everything goes on. [`DbError::Unfit`] on PostgreSQL.
     pub async fn vacuum_into(&self, path: &Path) -> Result<(), DbError> {
         self.inner.engine.copy_into(path).await
+    }
+
+    /// Reads the password of `place` anew, where it has one: connections made from now on use it. `place` is that of [`Self::open`].
+    pub fn reread_password(&self, place: &Place) -> Result<(), DbError> {
+        self.inner.engine.reread_password(place)
     }
 
     /// Waits for what is running and closes the files. Later calls fail with [`DbError::Closed`].

@@ -107,6 +107,31 @@ async fn only_the_right_server_is_believed_and_only_the_right_password_is_let_in
 }
 
 #[tokio::test]
+async fn a_new_password_is_used_once_it_was_read_anew() {
+    let Some((postgres, dir)) = remote() else {
+        return;
+    };
+    let options = Options {
+        password_file: Some(PathBuf::from("password")),
+        ca_file: Some(PathBuf::from("ca.crt")),
+        tls: None,
+    };
+    let url = postgres.remote_url("localhost", "fw");
+    let place = Place::parse(&url, &options, dir.path()).unwrap();
+    let db = Db::open(&place).await.unwrap();
+    let change = "ALTER ROLE fwpush PASSWORD 'another'";
+    postgres.psql("fw", change).unwrap();
+    let cut =
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'fwpush'";
+    postgres.psql("fw", cut).unwrap();
+    assert!(db.check().await.is_err(), "the old one is refused");
+    std::fs::write(dir.path().join("password"), "another\n").unwrap();
+    db.reread_password(&place).unwrap();
+    db.check().await.unwrap();
+    db.add_device(device("a"), "tester").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_database_of_another_encoding_is_refused() {
     let Some(postgres) = postgres(&Wanted::default()) else {
         return;

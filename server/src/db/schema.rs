@@ -38,6 +38,12 @@ const MIGRATIONS: &[Migration] = &[
         sqlite: include_str!("../../migrations/sqlite/0003_unused_files.sql"),
         postgres: include_str!("../../migrations/postgres/0003_unused_files.sql"),
     },
+    Migration {
+        version: 4,
+        oldest_binary: 1,
+        sqlite: include_str!("../../migrations/sqlite/0004_listeners.sql"),
+        postgres: include_str!("../../migrations/postgres/0004_listeners.sql"),
+    },
 ];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.

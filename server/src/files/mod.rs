@@ -12,7 +12,6 @@ mod place;
 mod remote;
 mod s3;
 mod store;
-mod watch;
 
 pub use error::{RESTORE_HINT, StoreError};
 pub use frames::{DownloadBody, Range};
@@ -21,7 +20,6 @@ pub use mapped::{Damaged, Mapped};
 pub use place::{Files, FilesError, FilesPlace, S3Place};
 pub use s3::{Presigned, Stored};
 pub use store::FileStore;
-pub use watch::watch;
 
 /// Runs work that waits for a disk off the async threads.
 pub(crate) async fn on_disk<T: Send + 'static>(

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cluster::Cluster,
+    presence,
     redis::{Away, ConnectError},
     registry::Me,
 };
@@ -40,12 +41,12 @@ pub enum Change {
 
 const BUS: &str = "fw:bus";
 
-fn inbox(node: &str, incarnation: &str) -> String {
+pub(super) fn inbox(node: &str, incarnation: &str) -> String {
     format!("fw:in:{node}:{incarnation}")
 }
 
 /// `XADD`, cut at about so many entries.
-fn add(key: &str) -> Cmd {
+pub(super) fn add(key: &str) -> Cmd {
     let mut add = redis::cmd("XADD");
     add.arg(key)
         .arg("MAXLEN")
@@ -193,6 +194,10 @@ async fn read(
                     "device" => field("id").parse().ok().map(Change::Device),
                     "trust" => Some(Change::Trust),
                     "everything" => Some(Change::Everything),
+                    "presence" => {
+                        presence::hear(sessions, &entry);
+                        None
+                    }
                     "replaced" => {
                         if let (Ok(device), Ok(epoch)) =
                             (field("id").parse(), field("epoch").parse())

@@ -26,7 +26,7 @@ pub(super) struct Cluster {
     pub peers: Peers,
     /// Changes for other nodes to look at; who finds no place is found by comparing.
     pub changes: mpsc::Sender<Change>,
-    /// Other nodes and their addresses, as of the last beat: whom to ask while Redis is away.
+    /// Other nodes and their addresses, as they were last listed: whom to ask while Redis is away.
     pub others: ArcSwap<Vec<(NodeId, String)>>,
     /// This node begins to drain, and says so at once.
     pub beat_now: Notify,
@@ -98,13 +98,23 @@ async fn beat(
         // What this node committed while it could not say so.
         let _ = cluster.changes.try_send(Change::Everything);
     }
-    let others = registry::nodes(redis).await?.into_iter();
-    let others = others
-        .filter(|listed| listed.node != me.node)
-        .filter_map(|listed| Some((listed.node, listed.lease?.address)))
-        .collect();
-    cluster.others.store(Arc::new(others));
-    Ok(())
+    cluster.nodes().await.map(drop)
+}
+
+impl Cluster {
+    /// The nodes as the registry lists them; keeps in mind where the others are.
+    pub(super) async fn nodes(&self) -> Result<Vec<registry::Listed>, Away> {
+        let listed = registry::nodes(&self.redis).await?;
+        let others = listed
+            .iter()
+            .filter(|listed| listed.node != self.me.node)
+            .filter_map(|listed| {
+                Some((listed.node.clone(), listed.lease.as_ref()?.address.clone()))
+            })
+            .collect();
+        self.others.store(Arc::new(others));
+        Ok(listed)
+    }
 }
 
 /// Keeps this node's sessions in the registry until `stop`: touches those that are due, enters all of them anew after `again`, and
@@ -123,8 +133,7 @@ pub(super) async fn keep_sessions(
         tokio::select! {
             () = stop.cancelled() => break,
             _ = ends.recv_many(&mut ended, limits::TOUCH_BATCH) => {
-                // Away: they run out there by themselves, and whoever believes in one is told that it is not here.
-                let _ = registry::leave(&cluster.redis, &ended).await;
+                leave(&cluster, &sessions, &ended).await;
                 ended.clear();
             }
             Ok(()) = again.changed() => sessions.untouch(None),
@@ -135,7 +144,18 @@ pub(super) async fn keep_sessions(
         ended.push(end);
     }
     for some in ended.chunks(limits::TOUCH_BATCH) {
-        let _ = registry::leave(&cluster.redis, some).await;
+        leave(&cluster, &sessions, some).await;
+    }
+}
+
+/// Takes sessions out of the registry; devices that are nowhere else by now are offline.
+async fn leave(cluster: &Cluster, sessions: &Sessions, ended: &[Ended]) {
+    // Away: they run out there by themselves, and whoever believes in one is told that it is not here.
+    let newest = registry::leave(&cluster.redis, ended).await.ok();
+    for (place, end) in ended.iter().enumerate() {
+        if newest.as_ref().is_none_or(|newest| newest[place]) {
+            sessions.announce_offline(&end.device, &end.product);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ mod bus;
 mod cluster;
 mod peers;
 mod place;
+mod presence;
 mod redis;
 mod registry;
 
@@ -40,7 +41,7 @@ use crate::{
     config::Membership,
     db::Db,
     limits,
-    session::{Ended, Session, Sessions},
+    session::{Ended, Presence, Session, Sessions},
 };
 use cluster::Cluster;
 use peers::Peers;
@@ -101,8 +102,9 @@ pub(crate) struct Join {
     pub node: NodeId,
     /// For calls to other nodes; replaced by a reload.
     pub tls: Arc<ArcSwap<rustls::ClientConfig>>,
-    /// What `sessions` tells of sessions that end.
+    /// What `sessions` tells of sessions that end, and of presence.
     pub ends: mpsc::Receiver<Ended>,
+    pub presence: mpsc::Receiver<Presence>,
 }
 
 impl Route {
@@ -166,6 +168,13 @@ impl Route {
             sessions.clone(),
             news,
             read,
+            stop.clone(),
+        ));
+        tasks.spawn(presence::tell(
+            cluster.clone(),
+            db.clone(),
+            sessions.clone(),
+            join.presence,
             stop.clone(),
         ));
         tasks.close();
@@ -343,7 +352,7 @@ impl Route {
         Ok(last)
     }
 
-    /// Redis is away: every node that was there at the last beat is asked in turn.
+    /// Redis is away: every node that was last seen there is asked in turn.
     async fn push_anywhere(
         &self,
         cluster: &Cluster,
@@ -370,7 +379,7 @@ impl Route {
     /// The nodes that are there or were within a day, by name; None: this server is alone.
     pub async fn nodes(&self) -> Option<Result<Vec<NodeView>, Away>> {
         let cluster = self.cluster.as_ref()?;
-        let listed = registry::nodes(&cluster.redis).await;
+        let listed = cluster.nodes().await;
         Some(listed.map(|listed| listed.into_iter().map(NodeView::from).collect()))
     }
 

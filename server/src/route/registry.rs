@@ -53,6 +53,7 @@ pub(super) struct Listed {
 #[derive(Clone, Debug)]
 pub(super) struct Holder {
     pub node: NodeId,
+    pub incarnation: String,
     pub address: String,
     pub epoch: u64,
 }
@@ -129,6 +130,7 @@ pub(super) async fn claim(
             before: (!session.is_empty()).then_some(session),
             takeovers: Some(if is_one { takeovers } else { 0 }),
             registered: true,
+            moved: elsewhere,
         },
         elsewhere: elsewhere.then_some((node, incarnation)),
     })
@@ -167,8 +169,8 @@ pub(super) async fn hold(redis: &Redis, me: &Me, sessions: &[Live]) -> Result<He
     Ok(held)
 }
 
-/// Tells that sessions of this node have ended.
-pub(super) async fn leave(redis: &Redis, sessions: &[Ended]) -> Result<(), Away> {
+/// Tells that sessions of this node have ended; gives for each whether it was its device's newest.
+pub(super) async fn leave(redis: &Redis, sessions: &[Ended]) -> Result<Vec<bool>, Away> {
     let script = &redis.scripts.leave;
     let mut all = Pipeline::with_capacity(sessions.len());
     for ended in sessions {
@@ -176,8 +178,7 @@ pub(super) async fn leave(redis: &Redis, sessions: &[Ended]) -> Result<(), Away>
         leave.arg(&ended.session_id).arg(ms(limits::SESSION_MEMORY));
         all.invoke_script(&leave);
     }
-    let _: Vec<u64> = redis.ask_all(&all).await?;
-    Ok(())
+    redis.ask_all(&all).await
 }
 
 /// Tells that this node lives; gives the store's epoch, and the incarnation that had this node's lease before.
@@ -281,6 +282,7 @@ pub(super) async fn holders(
         let lease = alive.get(&node)?;
         (left.is_none() && incarnation? == lease.incarnation).then_some(Holder {
             node,
+            incarnation: lease.incarnation.clone(),
             address: lease.address.clone(),
             epoch: epoch?,
         })

@@ -72,7 +72,8 @@ impl Node {
     async fn start_alone(bench: &Bench, redis: &fwpush_services::Redis, name: &str) -> Self {
         let db = Db::open(&bench.place).await.unwrap();
         let (told, ends) = mpsc::channel(limits::SESSION_ENDS);
-        let sessions = Sessions::with_ends(db.now(), Some(told));
+        let (seen, presence) = mpsc::channel(limits::PRESENCE_QUEUE);
+        let sessions = Sessions::of_cluster(db.now(), told, seen);
         let (news_in, news) = mpsc::channel(limits::ANNOUNCEMENTS);
         let stop = CancellationToken::new();
         let join = Join {
@@ -83,6 +84,7 @@ impl Node {
             node: name.parse().unwrap(),
             tls: Arc::new(ArcSwap::from_pointee(client_tls())),
             ends,
+            presence,
         };
         let route = Route::join(join, &db, sessions.clone(), news_in, &stop);
         Self {

@@ -1,16 +1,13 @@
 //! The nodes that serve together, and the engines that they share.
 
-use std::time::{Duration, Instant};
-
 use fwpush_keys::{id::OperatorId, time::Timestamp};
 use fwpush_proto::v1;
-use tokio::time::timeout;
 use tonic::Status;
 
 use super::Admin;
 use crate::{
     api::{node::in_us, status as map},
-    limits,
+    engines::{self, Answer},
     route::{NodeState, NodeView},
 };
 
@@ -21,17 +18,18 @@ pub async fn status(
     _: v1::GetClusterStatusRequest,
 ) -> Result<v1::ClusterStatus, Status> {
     let (database, files, redis, listed) = tokio::join!(
-        database(admin),
-        files(admin),
-        redis(admin),
-        admin.route.nodes()
+        engines::database(&admin.db),
+        engines::files(&admin.store),
+        admin.route.check_redis(),
+        admin.route.nodes(),
     );
+    let database = database.unwrap_or_else(|| Err("it is closed".to_owned()));
     let nodes = match listed {
         Some(Ok(nodes)) => nodes.into_iter().map(node).collect(),
         // Of the others nothing is known.
         None | Some(Err(_)) => vec![this_node(admin)],
     };
-    let leases = if database.up {
+    let leases = if database.is_ok() {
         admin.db.leases().await.map_err(map::db)?
     } else {
         Vec::new()
@@ -47,10 +45,17 @@ pub async fn status(
                 expires_at_ms: lease.expires_at.as_ms(),
             })
             .collect(),
-        engines: [Some(database), Some(files), redis]
-            .into_iter()
-            .flatten()
-            .collect(),
+        engines: [
+            Some(engine("database", admin.about.database.clone(), database)),
+            Some(engine("files", admin.about.files.clone(), files)),
+            redis.map(|answer| {
+                let place = admin.route.redis_place().map(ToString::to_string);
+                engine("redis", place.unwrap_or_default(), answer)
+            }),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
     })
 }
 
@@ -80,37 +85,7 @@ fn this_node(admin: &Admin) -> v1::NodeStatus {
     }
 }
 
-async fn database(admin: &Admin) -> v1::EngineStatus {
-    let asked = Instant::now();
-    let answer = timeout(limits::DB_WATCH, admin.db.check()).await;
-    let answer = match answer {
-        Ok(Ok(())) => Ok(asked.elapsed()),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {} s", limits::DB_WATCH.as_secs())),
-    };
-    engine("database", admin.about.database.clone(), answer)
-}
-
-async fn files(admin: &Admin) -> v1::EngineStatus {
-    let asked = Instant::now();
-    let answer = match timeout(limits::FILES_WATCH, admin.store.check()).await {
-        Ok(Ok(())) => Ok(asked.elapsed()),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!(
-            "no answer within {} s",
-            limits::FILES_WATCH.as_secs()
-        )),
-    };
-    engine("files", admin.about.files.clone(), answer)
-}
-
-async fn redis(admin: &Admin) -> Option<v1::EngineStatus> {
-    let place = admin.route.redis_place()?.to_string();
-    let answer = admin.route.check_redis().await?;
-    Some(engine("redis", place, answer))
-}
-
-fn engine(name: &str, place: String, answer: Result<Duration, String>) -> v1::EngineStatus {
+fn engine(name: &str, place: String, answer: Answer) -> v1::EngineStatus {
     let (answered_us, problem) = match answer {
         Ok(took) => (in_us(took), String::new()),
         Err(problem) => (0, problem),

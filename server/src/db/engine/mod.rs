@@ -60,6 +60,14 @@ impl Engine {
         }
     }
 
+    /// Reads a password that the database asks for anew, for connections to come.
+    pub(crate) fn reread_password(&self, place: &Place) -> Result<(), DbError> {
+        match (self, place) {
+            (Self::Postgres(engine), Place::Postgres(place)) => engine.reread_password(place),
+            _ => Ok(()),
+        }
+    }
+
     /// Begins a write transaction once all writers before it are done. Dropped without commit, it changes nothing.
     pub(crate) async fn begin(&self, clock: &Clock) -> Result<Tx, DbError> {
         match self {

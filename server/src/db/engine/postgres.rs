@@ -93,6 +93,14 @@ impl PostgresEngine {
         Ok(())
     }
 
+    /// Reads the password anew; connections made from now on use it.
+    pub(super) fn reread_password(&self, place: &PostgresPlace) -> Result<(), DbError> {
+        let options = options(place)?;
+        self.readers.set_connect_options(options.clone());
+        self.writer.set_connect_options(options);
+        Ok(())
+    }
+
     pub(super) async fn close(&self) {
         // A connection that hangs is not waited for.
         let closed = async {

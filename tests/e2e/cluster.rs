@@ -1,0 +1,80 @@
+//! Several nodes: PostgreSQL, Redis and `fwpush serve` as real processes, and fleets spread over them.
+
+mod operators;
+mod outages;
+mod partitions;
+mod streams;
+
+use device_sim::{Fleet, FleetConfig};
+use fwpush_tests::{cluster::Cluster, wait::until};
+
+use crate::fleet::{fleet, reached};
+
+/// Room for what a comparison with the database takes on a loaded machine.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(240);
+
+/// A fleet in this process, spread over all nodes.
+fn spread(
+    cluster: &Cluster,
+    prefix: &str,
+    devices: usize,
+    change: impl FnOnce(&mut FleetConfig),
+) -> Fleet {
+    fleet(&cluster.site, prefix, devices, |config| {
+        config.servers = cluster.servers();
+        change(config);
+    })
+}
+
+/// What any device was told is committed must be there, whichever node told it.
+fn nothing_confirmed_is_missing(cluster: &Cluster, fleet: &Fleet) {
+    // First what the devices heard, then what the database has: it only goes forward.
+    for device in fleet.devices() {
+        let Some(report) = device.last_confirmed else {
+            continue;
+        };
+        let id = device.id.as_str();
+        let shown = cluster
+            .running()
+            .fwpush(&["device", "show", id, "--json"])
+            .ok()
+            .json();
+        let row = &shown["updates"][0];
+        let phase = row["phase"].as_str().unwrap_or_default().to_owned();
+        assert!(
+            reached(&phase, report.what),
+            "{id}: confirmed {report:?}, the database has {phase}"
+        );
+    }
+}
+
+/// Waits until the newest rollout is complete, as a node that runs sees it.
+async fn rollout_complete(cluster: &Cluster) {
+    until("the rollout to be complete", || async {
+        let rollouts = cluster
+            .running()
+            .fwpush(&["rollout", "list", "--json"])
+            .ok()
+            .json();
+        let rollout = rollouts["rollouts"][0].clone();
+        if rollout["state"] == "COMPLETE" {
+            Ok(())
+        } else {
+            Err(rollout)
+        }
+    })
+    .await;
+}
+
+/// Every device is where it should be, and none went wrong on its way.
+async fn all_as_expected(fleet: &Fleet, version: &str, devices: usize) {
+    let outcomes = fleet
+        .wait_for(&crate::fleet::version(version), PATIENCE)
+        .await;
+    assert_eq!(
+        (outcomes.as_expected, outcomes.unexpected.len()),
+        (devices as u64, 0),
+        "{:?}",
+        outcomes.unexpected
+    );
+}

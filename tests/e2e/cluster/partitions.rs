@@ -1,0 +1,307 @@
+//! Nodes that lose one another: a cut between one of them and Redis, a failover that forgets, a sleep, clocks that disagree.
+
+use fwpush_keys::NodeId;
+use fwpush_proto::v1::{
+    PushOutcome, PushRequest, ServerMessage, TextMessage, node_service_client::NodeServiceClient,
+    server_message::Kind as ToDevice,
+};
+use fwpush_tests::{
+    client::Stream,
+    clock::library,
+    cluster::{Cluster, Node},
+    proxy::{Fate, Proxy},
+    wait::until,
+};
+use tonic::Code;
+
+use super::{all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
+use crate::fleet::all_online;
+
+/// Has a node reach Redis through a relay, from its next start on.
+async fn behind_a_relay(cluster: &Cluster, node: usize) -> Proxy {
+    let relay = Proxy::to(cluster.redis.address()).await;
+    use_redis_at(&cluster.nodes[node], &relay);
+    relay
+}
+
+fn use_redis_at(node: &Node, relay: &Proxy) {
+    let url = format!("redis://{}", relay.address);
+    node.edit_config(|config| {
+        let cluster = config["cluster"].as_table_mut().unwrap();
+        cluster.insert("redis_url".into(), url.into());
+    });
+}
+
+async fn says(node: &Node, words: &str) {
+    until(&format!("{} to say {words:?}", node.id), || async {
+        let said = node.get("/readyz").1;
+        if said == words { Ok(()) } else { Err(said) }
+    })
+    .await;
+}
+
+async fn on(cluster: &Cluster, node: usize, id: &str) -> Stream {
+    let certificates = cluster.site.device_certificates(id);
+    let channel = cluster.nodes[node].connect(&certificates).await;
+    Stream::register(channel, id).await.unwrap().0
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_alone_is_cut_off_from_redis_serves_its_devices_and_catches_up() {
+    let Some(mut cluster) = Cluster::start(2).await else {
+        return;
+    };
+    let relay = behind_a_relay(&cluster, 1).await;
+    cluster.nodes[1].stop();
+    cluster.nodes[1].start();
+    cluster.all_joined().await;
+    let fleet = spread(&cluster, "cut-", 30, |_| {});
+    all_online(&fleet).await;
+    cluster.all_registered(30).await;
+
+    // Nothing passes and nothing is closed, as behind a firewall that forgot.
+    relay.fates(|| Fate::Refuse);
+    relay.cut();
+    says(&cluster.nodes[1], "ready, without Redis\n").await;
+    says(&cluster.nodes[0], "ready\n").await;
+    until("its lease to run out", || async {
+        let status = cluster.nodes[0].status();
+        let gone = status["nodes"][1]["state"] == "gone";
+        if gone { Ok(()) } else { Err(status) }
+    })
+    .await;
+    let image = cluster.site.image("1.1.0.img", 200_000, 1);
+    cluster
+        .site
+        .release_with(&image, "1.1.0", &["--detach"])
+        .ok();
+    all_as_expected(&fleet, "1.1.0", 30).await;
+    nothing_confirmed_is_missing(&cluster, &fleet);
+    rollout_complete(&cluster).await;
+
+    relay.fates(|| Fate::Pass);
+    says(&cluster.nodes[1], "ready\n").await;
+    cluster.all_registered(30).await;
+    let listed = cluster
+        .fwpush_at(0, &["device", "list", "--online", "--json"])
+        .ok()
+        .json();
+    assert_eq!(listed["devices"].as_array().unwrap().len(), 30);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_that_forgets_the_last_sessions_is_made_good() {
+    let Some(mut cluster) = Cluster::start(2).await else {
+        return;
+    };
+    let relay = Proxy::to(cluster.redis.address()).await;
+    for node in &mut cluster.nodes {
+        node.stop();
+        use_redis_at(node, &relay);
+        node.start();
+    }
+    cluster.all_joined().await;
+    cluster.site.add_device("early");
+    cluster.site.add_device("late");
+    let early = on(&cluster, 1, "early").await;
+    let replica = cluster.redis.replica(None).unwrap();
+    // From here on the replica misses what happens, and then it is the primary.
+    replica.promote().unwrap();
+    let mut late = on(&cluster, 1, "late").await;
+    relay.lead_to(replica.address());
+    cluster.redis.crash().unwrap();
+    relay.close();
+
+    until("the late one to be found from the other node", || async {
+        let sent = cluster.fwpush_at(0, &["device", "text", "late", "hello", "--json"]);
+        if sent.code == 0 { Ok(()) } else { Err(sent) }
+    })
+    .await;
+    let heard = late.wait_for(|message| matches!(message, ToDevice::Text(_)).then_some(()));
+    heard.await.unwrap();
+    let entered = replica.cli(&["HGET", "fw:s:late", "node"]).unwrap();
+    assert_eq!(
+        entered, "node-2",
+        "by the registry, and not by asking around"
+    );
+    drop(early);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_cut_off_the_bus_before_a_node_read_it_is_found_by_comparing() {
+    let Some(mut cluster) = Cluster::start(2).await else {
+        return;
+    };
+    cluster.site.add_device("dev-1");
+    let mut stream = on(&cluster, 1, "dev-1").await;
+    cluster.nodes[1].freeze();
+    cluster.fwpush_at(0, &["device", "block", "dev-1"]).ok();
+    until("the news to be on the bus", || async {
+        let news = cluster.redis.cli(&["XRANGE", "fw:bus", "-", "+"]).unwrap();
+        if news.contains("dev-1") {
+            Ok(())
+        } else {
+            Err(news)
+        }
+    })
+    .await;
+    cluster
+        .redis
+        .cli(&["XTRIM", "fw:bus", "MAXLEN", "0"])
+        .unwrap();
+    cluster.nodes[1].thaw();
+    let ended = loop {
+        // Beats keep the stream alive until then.
+        if let Err(status) = stream.beat("dev-1", 1).await {
+            break status;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    };
+    assert_eq!(ended.code(), Code::PermissionDenied, "{ended:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_whose_clocks_are_five_minutes_apart_agree_on_everything() {
+    let Some(library) = library() else { return };
+    let Some(mut cluster) = Cluster::start(3).await else {
+        return;
+    };
+    for (node, offset) in [(1, "+300"), (2, "-300")] {
+        cluster.nodes[node].stop();
+        cluster.nodes[node].set_env("LD_PRELOAD", library.to_str().unwrap());
+        cluster.nodes[node].set_env("FAKETIME", offset);
+        cluster.nodes[node].set_env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        cluster.nodes[node].start();
+    }
+    cluster.all_joined().await;
+    let fleet = spread(&cluster, "clock-", 45, |config| {
+        config.bandwidth = Some(200_000..=2_000_000);
+    });
+    all_online(&fleet).await;
+    cluster.all_registered(45).await;
+    // Through the node that is behind; then the one that drives it dies.
+    let image = cluster.site.image("1.1.0.img", 1 << 20, 1);
+    cluster
+        .site
+        .release_with(&image, "1.1.0", &["--detach"])
+        .ok();
+    fleet
+        .wait_until(
+            |seen| seen.running(&crate::fleet::version("1.1.0")) >= 10,
+            super::PATIENCE,
+        )
+        .await
+        .unwrap();
+    cluster.nodes[0].kill();
+    all_as_expected(&fleet, "1.1.0", 45).await;
+    nothing_confirmed_is_missing(&cluster, &fleet);
+    rollout_complete(&cluster).await;
+
+    // The newest stream wins whichever clock its node has.
+    cluster.nodes[1]
+        .fwpush(&["device", "show", "clock-00001"])
+        .ok();
+    cluster.nodes[0].start();
+    cluster.all_joined().await;
+    cluster.site.add_device("mover");
+    let mut streams = Vec::new();
+    for node in [1, 2, 0, 2, 1] {
+        streams.push(on(&cluster, node, "mover").await);
+    }
+    let mut newest = streams.pop().unwrap();
+    for mut older in streams {
+        let ended = loop {
+            if let Err(status) = older.next().await {
+                break status;
+            }
+        };
+        assert_eq!(ended.code(), Code::Aborted, "{ended:?}");
+    }
+    newest.beat("mover", 7).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_cannot_be_reached_is_named_and_an_older_one_is_understood() {
+    let Some(mut cluster) = Cluster::start(2).await else {
+        return;
+    };
+    cluster.site.add_device("dev-1");
+    let relay = Proxy::to(cluster.nodes[1].operators).await;
+    cluster.nodes[1].stop();
+    let address = relay.address.to_string();
+    cluster.nodes[1].edit_config(|config| {
+        let cluster = config["cluster"].as_table_mut().unwrap();
+        cluster.insert("advertise_addr".into(), address.into());
+    });
+    cluster.nodes[1].start();
+    cluster.all_joined().await;
+    let mut stream = on(&cluster, 1, "dev-1").await;
+    cluster
+        .fwpush_at(0, &["device", "text", "dev-1", "over the relay"])
+        .ok();
+    relay.fates(|| Fate::Refuse);
+    relay.cut();
+    let lost = cluster.fwpush_at(0, &["device", "text", "dev-1", "lost"]);
+    assert_eq!(lost.code, 1);
+    assert!(
+        lost.stderr.contains("node node-2 holds the device"),
+        "{}",
+        lost.stderr
+    );
+    relay.fates(|| Fate::Pass);
+    until("it to be reached again", || async {
+        let sent = cluster.fwpush_at(0, &["device", "text", "dev-1", "found"]);
+        if sent.code == 0 { Ok(()) } else { Err(sent) }
+    })
+    .await;
+
+    // A node of the release before sends what it knew: a message, and the epoch or none.
+    let node: NodeId = "node-1".parse().unwrap();
+    let certificates = cluster.site.node_certificates();
+    let server = cluster.nodes[1].operators.to_string();
+    let mut peer = NodeServiceClient::new(certificates.connect(&server).await.unwrap());
+    let text = ServerMessage {
+        kind: Some(ToDevice::Text(TextMessage {
+            text: format!("from {node}"),
+        })),
+    };
+    let mut request = PushRequest {
+        client_id: "dev-1".to_owned(),
+        message: Some(text),
+        epoch: 0,
+    };
+    let answer = peer
+        .push_to_client(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(
+        answer.success && answer.outcome() == PushOutcome::Delivered,
+        "{answer:?}"
+    );
+    request.epoch = 1;
+    let stale = peer
+        .push_to_client(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(stale.outcome(), PushOutcome::StaleEpoch);
+    request.client_id = "nobody".to_owned();
+    let nobody = peer.push_to_client(request).await.unwrap().into_inner();
+    assert_eq!(nobody.outcome(), PushOutcome::NotHere);
+    // An agent of the release before does not know what a ping is: it was delivered, and that is all that can be said.
+    let beating = tokio::spawn(async move { while stream.beat("dev-1", 3).await.is_ok() {} });
+    let asked = tokio::task::block_in_place(|| {
+        cluster.fwpush_at(0, &["device", "ping", "dev-1", "--json"])
+    });
+    assert_eq!(
+        (asked.code, asked.json()["outcome"].as_str()),
+        (1, Some("DELIVERED"))
+    );
+    assert!(
+        asked.stderr.contains("did not answer within 10 s"),
+        "{}",
+        asked.stderr
+    );
+    beating.abort();
+}
