@@ -134,7 +134,7 @@ impl Device {
             }
             let end = self.run_agent(place.take(), &stop).await;
             let failed = matches!(end, End::Failed(_));
-            self.track().gone();
+            self.track().gone(Instant::now());
             match end {
                 End::Stopped => return,
                 End::Reboot | End::PowerLost => {

@@ -42,6 +42,10 @@ pub struct Snapshot {
     pub devices: usize,
     /// Registered with a server now.
     pub online: usize,
+    /// Of those, by the server.
+    pub servers: BTreeMap<String, usize>,
+    /// The longest time that any device was without a stream; see [`DeviceStatus::longest_offline`].
+    pub longest_offline: Duration,
     /// By the phase of the newest update. Devices that were not told of any are not in it.
     pub phases: BTreeMap<&'static str, usize>,
     /// By the version that runs, confirmed.
@@ -62,6 +66,11 @@ impl Snapshot {
     /// Devices that run this version, confirmed.
     pub fn running(&self, version: &Version) -> usize {
         self.versions.get(version).copied().unwrap_or(0)
+    }
+
+    /// Devices that are registered with this server now.
+    pub fn on_server(&self, server: &str) -> usize {
+        self.servers.get(server).copied().unwrap_or(0)
     }
 }
 
@@ -87,6 +96,11 @@ pub struct DeviceStatus {
     pub id: DeviceId,
     pub faults: Faults,
     pub online: bool,
+    /// The server it is registered with, or was last.
+    pub server: Option<String>,
+    /// The longest time that it was without a stream since its first: a lost link, a reboot or a lost server, until it was
+    /// registered again, or until now.
+    pub longest_offline: Duration,
     /// What runs; `None` when the boot record does not say.
     pub version: Option<Version>,
     pub confirmed: bool,
@@ -183,12 +197,18 @@ impl Fleet {
         })
     }
 
+    /// Where its devices may connect, `host:port` each.
+    pub fn servers(&self) -> &[String] {
+        &self.shared.config.servers
+    }
+
     /// The fleet as it is now.
     pub fn snapshot(&self) -> Snapshot {
         let mut snapshot = Snapshot {
             devices: self.devices.len(),
             ..Snapshot::default()
         };
+        let now = Instant::now();
         for device in &self.devices {
             let (_, record) = device.board.running();
             match record.image {
@@ -200,6 +220,15 @@ impl Fleet {
             snapshot.counts += device.counts();
             let track = device.track();
             snapshot.online += usize::from(track.online);
+            if let Some(server) = track.server.as_ref().filter(|_| track.online) {
+                // Most devices find the name there.
+                match snapshot.servers.get_mut(server) {
+                    Some(count) => *count += 1,
+                    None => drop(snapshot.servers.insert(server.clone(), 1)),
+                }
+            }
+            let offline = track.longest_offline(now);
+            snapshot.longest_offline = snapshot.longest_offline.max(offline);
             snapshot.unconfirmed += usize::from(!track.all_confirmed());
             if let Some(phase) = track.updates.back().and_then(|update| update.phase) {
                 *snapshot.phases.entry(phase.as_str()).or_default() += 1;
@@ -399,6 +428,8 @@ fn status(device: &Device) -> DeviceStatus {
         id: device.id.clone(),
         faults: device.faults,
         online: track.online,
+        server: track.server.clone(),
+        longest_offline: track.longest_offline(Instant::now()),
         version: record.image.map(|image| image.version),
         confirmed: record.state == SlotState::Confirmed,
         updates: track.updates.iter().cloned().collect(),

@@ -41,7 +41,7 @@ Exit codes: 0 all devices ended as expected; 1 they did not within --timeout; 2 
 FWPUSH_LOG sets what is logged: FWPUSH_LOG=fwpush_device=info."
 )]
 struct Args {
-    /// Server for devices; repeat for several
+    /// Server for devices; repeat for several: each device takes them in an order of its own
     #[arg(long = "server", required = true, value_name = "HOST:PORT")]
     servers: Vec<String>,
 
@@ -214,7 +214,9 @@ fn end(
     json: bool,
 ) -> anyhow::Result<ExitCode> {
     let report = fleet.report(release);
-    let counts = fleet.snapshot().counts;
+    let snapshot = fleet.snapshot();
+    let counts = snapshot.counts;
+    let longest_offline_ms = u64::try_from(snapshot.longest_offline.as_millis())?;
     let unexpected = outcomes.unexpected.len();
     if unexpected > 0 {
         let when = if stopped_early {
@@ -231,6 +233,8 @@ fn end(
     if json {
         let mut report = serde_json::to_value(&report).context("write the report")?;
         report["as_expected"] = outcomes.as_expected.into();
+        report["longest_offline_ms"] = longest_offline_ms.into();
+        report["servers"] = serde_json::json!(snapshot.servers);
         report["faults"] = serde_json::json!({
             "links_lost": counts.links_lost,
             "bytes_flipped": counts.bytes_flipped,
@@ -252,6 +256,7 @@ fn end(
             shown(report.update_ms.p50),
             shown(report.update_ms.max),
         );
+        println!("No device was without a stream for longer than {longest_offline_ms} ms.");
         println!(
             "Faults: {} links lost, {} bytes flipped and {} groups refused, {} deferrals, {} kills.",
             counts.links_lost,

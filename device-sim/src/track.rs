@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use fwpush_device::{
@@ -89,7 +89,13 @@ pub struct Update {
 #[derive(Debug, Default)]
 pub(crate) struct Track {
     pub online: bool,
+    /// The server it is registered with, or was last.
+    pub server: Option<String>,
     pub registered_at: Option<Instant>,
+    /// Since when it has no stream; `None` while it has one, and before its first.
+    lost_at: Option<Instant>,
+    /// The longest time without a stream that is over.
+    longest_offline: Duration,
     /// Oldest first.
     pub updates: VecDeque<Update>,
     pub counts: Counts,
@@ -105,13 +111,16 @@ impl Track {
     /// Takes an event of the agent. Returns whether someone may wait for what it changed.
     pub fn event(&mut self, event: &AgentEvent, now: Instant) -> bool {
         match event {
-            AgentEvent::Registered { .. } => {
+            AgentEvent::Registered { server, .. } => {
+                self.longest_offline = self.longest_offline(now);
+                self.lost_at = None;
                 self.online = true;
+                self.server = Some(server.clone());
                 self.registered_at = Some(now);
                 self.counts.sessions += 1;
             }
             AgentEvent::Disconnected { reason } | AgentEvent::IdentityRefused { reason } => {
-                self.online = false;
+                self.gone(now);
                 self.troubled(reason);
             }
             AgentEvent::Notice {
@@ -169,9 +178,19 @@ impl Track {
         self.waiting.is_empty()
     }
 
-    /// The agent is gone, however it ended.
-    pub fn gone(&mut self) {
-        self.online = false;
+    /// The stream is gone, with or without the agent.
+    pub fn gone(&mut self, now: Instant) {
+        if std::mem::take(&mut self.online) {
+            self.lost_at = Some(now);
+        }
+    }
+
+    /// The longest time that it was without a stream since its first, reboots and what goes on now included.
+    pub fn longest_offline(&self, now: Instant) -> Duration {
+        let present = self
+            .lost_at
+            .map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+        present.max(self.longest_offline)
     }
 
     pub fn troubled(&mut self, words: &str) {
@@ -336,7 +355,7 @@ mod tests {
     fn an_update_keeps_the_moments_of_its_first_notice_and_its_end() {
         let mut track = Track::default();
         let zero = Instant::now();
-        let at = |seconds| zero + std::time::Duration::from_secs(seconds);
+        let at = |seconds| zero + Duration::from_secs(seconds);
         let notice = AgentEvent::Notice {
             generation: 4,
             action: Action::Install,
@@ -355,6 +374,36 @@ mod tests {
             panic!("one update")
         };
         assert_eq!((update.heard_at, update.ended_at), (at(1), Some(at(2))));
+    }
+
+    #[test]
+    fn time_without_a_stream_counts_from_the_first_stream_on_until_the_next() {
+        let mut track = Track::default();
+        let zero = Instant::now();
+        let at = |seconds| zero + Duration::from_secs(seconds);
+        let offline = |track: &Track, seconds| track.longest_offline(at(seconds)).as_secs();
+        let registered = |server: &str| AgentEvent::Registered {
+            server: server.to_owned(),
+            session_id: "1".to_owned(),
+            resumed: false,
+        };
+        let refused = AgentEvent::Disconnected {
+            reason: "refused".to_owned(),
+        };
+        track.event(&refused, at(1));
+        assert_eq!(offline(&track, 9), 0, "it had none that it could have lost");
+        track.event(&registered("a"), at(10));
+        track.event(&refused, at(20));
+        assert_eq!(offline(&track, 23), 3);
+        // Each attempt that fails is the same loss.
+        track.event(&refused, at(24));
+        track.gone(at(25));
+        track.event(&registered("b"), at(27));
+        assert_eq!(track.server.as_deref(), Some("b"));
+        assert_eq!(offline(&track, 99), 7);
+        track.gone(at(100));
+        track.event(&registered("b"), at(102));
+        assert_eq!(offline(&track, 200), 7, "a shorter one changes nothing");
     }
 
     #[test]

@@ -127,7 +127,7 @@ impl Postgres {
         let options = format!(
             // The directory is thrown away: nothing need reach the disk. A commit is still written before it is answered, so
             // that what was answered outlives a crash of the process.
-            "-k {} -p {} -c fsync=off -c full_page_writes=off -c shared_buffers=32MB -c max_connections=40 \
+            "-k {} -p {} -c fsync=off -c full_page_writes=off -c shared_buffers=32MB -c max_connections=100 \
              -c listen_addresses={} -c logging_collector=off",
             self.dir.path().display(),
             self.port,

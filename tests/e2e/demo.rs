@@ -1,30 +1,57 @@
 //! `fwpush demo`, as a person types it on a fresh machine.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::Command,
+};
 
 use fwpush_tests::{
     bins::bin,
-    process::{Finished, run},
+    process::{Finished, Process, run},
+    wait::until,
 };
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Runs the demo with temporary files in a directory of its own; gives what is left there.
-fn demo(args: &[&str]) -> (Finished, Vec<String>) {
-    let temporary = TempDir::with_prefix("fwpush-test-").unwrap();
+/// The demo, to be run with its temporary files in `temporary`.
+fn command(temporary: &Path, args: &[&str]) -> Command {
+    // As /tmp: PostgreSQL may run as another user, who removes its directory when the demo cannot.
+    fs::set_permissions(temporary, fs::Permissions::from_mode(0o1777)).unwrap();
     let mut command = Command::new(bin("fwpush"));
     command
         .arg("demo")
         .args(args)
-        .env("TMPDIR", temporary.path())
-        .env_remove("FWPUSH_DIR");
-    command.current_dir(temporary.path());
-    let done = run(command);
-    let left = fs::read_dir(temporary.path()).unwrap();
-    let left = left
+        .env("TMPDIR", temporary)
+        .env_remove("FWPUSH_DIR")
+        .current_dir(temporary);
+    command
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    entries
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
-        .collect();
-    (done, left)
+        .collect()
+}
+
+/// Runs the demo with temporary files in a directory of its own; gives what is left there.
+fn demo(args: &[&str]) -> (Finished, Vec<String>) {
+    let temporary = TempDir::with_prefix("fwpush-test-").unwrap();
+    let done = run(command(temporary.path(), args));
+    (done, names_in(temporary.path()))
+}
+
+/// Whether it says that an engine is not installed, which the test says too.
+fn skipped(words: &str) -> bool {
+    let missing = words.lines().find(|line| line.contains("apt-get install"));
+    if let Some(missing) = missing {
+        println!("SKIPPED: {missing}");
+    }
+    missing.is_some()
 }
 
 /// The last line of stdout, which has exactly the promised keys.
@@ -93,6 +120,118 @@ fn with_faults_the_fleet_still_updates_and_the_bad_release_rolls_back() {
         "{done:?}"
     );
     assert_eq!(left, Vec::<String>::new());
+}
+
+#[test]
+fn a_cluster_loses_a_node_in_mid_rollout_and_the_fleet_updates_all_the_same() {
+    let args = [
+        "--nodes",
+        "3",
+        "--devices",
+        "12",
+        "--size",
+        "1MiB",
+        "--faults",
+        "--json",
+    ];
+    let (done, left) = demo(&args);
+    if skipped(&done.stderr) {
+        return;
+    }
+    let done = done.ok();
+    let value = figures(&done);
+    assert_eq!(
+        (&value["devices"], &value["succeeded"], &value["failed"]),
+        (&12.into(), &12.into(), &0.into())
+    );
+    let fact = |name: &str| {
+        let line = done.stderr.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("no {name:?}: {done:?}"))
+            .trim()
+    };
+    // Which one depends on how the devices spread; those on it are the majority of the two that may die.
+    let killed = fact("node killed:");
+    let (node, rest) = killed.split_once(", with ").unwrap();
+    assert!(["node-2", "node-3"].contains(&node), "{killed}");
+    let devices: u64 = rest.split_once(' ').unwrap().0.parse().unwrap();
+    assert!((1..=12).contains(&devices), "{killed}");
+    assert_eq!(fact("went elsewhere:"), format!("{devices} of {devices}"));
+    let offline = fact("longest offline:").split_once(' ').unwrap().0;
+    assert!(offline.parse::<f64>().unwrap() > 0.0, "{offline}");
+    assert!(fact("rolled back:").starts_with("12 of 12"), "{done:?}");
+    assert_eq!(left, Vec::<String>::new());
+}
+
+#[test]
+fn a_cluster_needs_engines_and_names_their_packages_before_it_makes_anything() {
+    let temporary = TempDir::with_prefix("fwpush-test-").unwrap();
+    let dir = temporary.path().join("demo");
+    let mut command = command(
+        temporary.path(),
+        &["--nodes", "3", "--dir", dir.to_str().unwrap()],
+    );
+    command.env("PATH", "/does/not/exist");
+    let done = run(command);
+    assert_eq!(done.code, 2, "{done:?}");
+    for words in ["redis-server", "apt-get install redis-server"] {
+        assert!(done.stderr.contains(words), "{done:?}");
+    }
+    assert_eq!(names_in(temporary.path()), Vec::<String>::new());
+}
+
+/// Starts a cluster that stays up, and gives the address at which its living node tells of itself.
+fn kept(temporary: &Path) -> Option<(Process, SocketAddr)> {
+    let args = [
+        "--nodes",
+        "2",
+        "--devices",
+        "2",
+        "--size",
+        "100KiB",
+        "--keep",
+    ];
+    let demo = Process::spawn(command(temporary, &args));
+    let (_, line) = demo.line_where(0, "a metrics address, or missing packages", |line| {
+        line.contains("/metrics") || line.contains("apt-get install")
+    });
+    if skipped(&line) {
+        return None;
+    }
+    let address = line.trim().strip_prefix("curl http://").unwrap();
+    let address = address.strip_suffix("/metrics").unwrap();
+    let address = address.parse().unwrap();
+    TcpStream::connect(address).expect("the node stays up");
+    Some((demo, address))
+}
+
+#[test]
+fn a_cluster_that_stays_up_ends_in_order_at_ctrl_c() {
+    let temporary = TempDir::with_prefix("fwpush-test-").unwrap();
+    let Some((mut demo, address)) = kept(temporary.path()) else {
+        return;
+    };
+    demo.signal(Signal::INT);
+    assert_eq!(demo.wait().code(), Some(0), "{:?}", demo.lines());
+    TcpStream::connect(address).unwrap_err();
+    assert_eq!(names_in(temporary.path()), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_cluster_whose_demo_is_killed_leaves_no_process_behind() {
+    let temporary = TempDir::with_prefix("fwpush-test-").unwrap();
+    let Some((mut demo, address)) = kept(temporary.path()) else {
+        return;
+    };
+    demo.kill();
+    until("the node and the engines to go", || async {
+        let mut left = names_in(temporary.path());
+        left.retain(|name| !name.starts_with("fwpush-demo-"));
+        match TcpStream::connect(address) {
+            Err(_) if left.is_empty() => Ok(()),
+            answer => Err((answer.is_ok(), left)),
+        }
+    })
+    .await;
 }
 
 #[test]

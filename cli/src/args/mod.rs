@@ -70,17 +70,24 @@ pub enum Command {
 /// Show a whole fleet update itself on this machine
 ///
 /// Makes fresh certificates and keys, starts a server and simulated devices on firmware 1.0.0, releases 1.1.0, and shows
-/// how it reaches them. The exit code is 1 unless every device ended as expected.
+/// how it reaches them. With --nodes, a cluster of servers on a private Redis and a private PostgreSQL (Debian's packages
+/// redis-server and postgresql) loses one of them to SIGKILL on the way. The exit code is 1 unless every device ended as
+/// expected. With --dir certificates, configuration, images and the nodes' logs stay there; the engines end with the demo.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   fwpush demo
   fwpush demo --devices 300 --size 32MiB --faults
+  fwpush demo --nodes 3
   fwpush demo --dir /tmp/demo --keep")]
 pub struct DemoArgs {
     /// Simulated devices
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=10_000), value_name = "N")]
     pub devices: u32,
+
+    /// Servers; of several, one is killed in the middle of the rollout
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8), value_name = "N")]
+    pub nodes: u32,
 
     /// Image to release
     #[arg(long, value_name = "FILE", conflicts_with = "size")]

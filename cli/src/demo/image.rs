@@ -51,15 +51,18 @@ pub fn size_of(path: &Path) -> Result<u64> {
     }
 }
 
-/// Refuses a fleet whose images do not fit into memory: each device has its own copy of each.
-pub fn check_memory(devices: u32, image_bytes: u64) -> Result<()> {
+/// Refuses a fleet whose images do not fit into memory beside `nodes` processes: each device has its own copy of each.
+pub fn check_memory(devices: u32, image_bytes: u64, nodes: u32) -> Result<()> {
     // Where the system does not say, one has to try.
     match fs::read_to_string("/proc/meminfo")
         .ok()
         .as_deref()
         .and_then(available_memory)
     {
-        Some(available) => check_fits(devices, image_bytes, available),
+        Some(available) => {
+            let nodes = u64::from(nodes) * limits::NODE_MEMORY_BYTES;
+            check_fits(devices, image_bytes, available.saturating_sub(nodes))
+        }
         None => Ok(()),
     }
 }

@@ -1,8 +1,10 @@
-//! `fwpush demo`: a server and a fleet of simulated devices in this process, and a release that reaches them.
+//! `fwpush demo`: a server and a fleet of simulated devices in this process, and a release that reaches them. With
+//! `--nodes`, servers of a cluster in processes of their own, one of which is killed on the way.
 //!
 //! Nothing here is special to the demo but the devices' boards: the installation is `fwpush init`'s, the server is `fwpush
 //! serve`'s, the releases go the way of `fwpush release`, and the devices run the real agent over real TLS.
 
+mod cluster;
 mod image;
 mod limits;
 mod site;
@@ -21,10 +23,14 @@ use semver::Version;
 use tempfile::TempDir;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use self::site::{Model, Site};
+use self::{
+    cluster::{Engines, Loss},
+    site::{Model, Servers, Site},
+};
 use crate::{
     Context,
     args::{DemoArgs, LogFormat, ManifestArgs, ReleaseRun, SigningArgs},
+    client::Client,
     failure::{Doing as _, Failure, Result},
     output::plural,
     progress, release, rollout, serve,
@@ -56,21 +62,19 @@ pub async fn run(context: &Context, args: &DemoArgs) -> Result<()> {
         serve::init_log(LogFormat::Text)?;
     }
     let mut interrupts = Interrupts::new()?;
-    let shown = tokio::select! {
+    let mut shown = tokio::select! {
         shown = Box::pin(show(context, args)) => shown?,
         // The temporary directory goes with the future.
         () = interrupts.next() => return Err(Failure::new("interrupted")),
     };
     if args.keep {
-        context.out.say(&words::to_try(
-            shown.dir.path(),
-            &shown.image,
-            shown.site.addresses,
-        ));
+        let metrics = shown.site.servers.metrics_addresses()?;
+        let words = words::to_try(shown.dir.path(), &shown.image, &metrics);
+        context.out.say(&words);
         interrupts.next().await;
     }
     shown.fleet.stop().await;
-    shown.site.server.drain_and_stop().await;
+    shown.site.servers.drain_and_stop().await;
     shown.results.verdict()
 }
 
@@ -89,18 +93,45 @@ async fn show(context: &Context, args: &DemoArgs) -> Result<Shown> {
     // One for a device, one for the server's side of it.
     device_sim::raise_open_files(2 * u64::from(args.devices))
         .doing(|| "make room for the devices".to_owned())?;
+    // Whether they can be had shows before anything is made.
+    let engines = match args.nodes {
+        1 => None,
+        _ => {
+            context
+                .out
+                .say("Starting a private Redis and a private PostgreSQL.");
+            Some(Engines::start().await?)
+        }
+    };
     let dir = Dir::new(context.dir())?;
     let context = &Context::new(Some(dir.path().to_owned()), context.out);
     context.out.say(&format!(
-        "Making certificates and keys in {} and starting a server.",
-        dir.path().display()
+        "Making certificates and keys in {} and starting {}.",
+        dir.path().display(),
+        match args.nodes {
+            1 => "a server".to_owned(),
+            nodes => format!("{nodes} nodes"),
+        }
     ));
     let model = Model::new()?;
-    let mut site = Site::start(dir.path(), &model).await?;
+    let mut site = match engines {
+        None => Site::start(dir.path(), &model).await?,
+        Some(engines) => Site::start_cluster(dir.path(), &model, args.nodes, engines).await?,
+    };
     let fleet = start_fleet(&site, &model, args, &images).await?;
+    let spread: Vec<String> = fleet
+        .snapshot()
+        .servers
+        .values()
+        .map(usize::to_string)
+        .collect();
     context.out.say(&format!(
-        "{} are connected and run {FACTORY}. Releasing {GOOD}.",
-        plural(args.devices.into(), "device")
+        "{} are connected{} and run {FACTORY}. Releasing {GOOD}.",
+        plural(args.devices.into(), "device"),
+        match args.nodes {
+            1 => String::new(),
+            _ => format!(" ({} on the nodes)", spread.join(", ")),
+        }
     ));
 
     let image = images.good(dir.path())?;
@@ -109,8 +140,14 @@ async fn show(context: &Context, args: &DemoArgs) -> Result<Shown> {
         image: &image,
         size: images.size,
     };
-    let outcomes = update(context, &mut site, &model, &fleet, &good).await?;
+    let Site { servers, client } = &mut site;
+    let losing = lose_a_node(context, servers, &fleet, &good);
+    let updating = update(context, client, &model, &fleet, &good);
+    let (outcomes, loss) = tokio::try_join!(updating, losing)?;
     let mut results = Results::new(fleet.report(&GOOD), outcomes);
+    if let Some(loss) = loss {
+        results.lost(&loss, loss.stranded(&fleet).await, &fleet);
+    }
     if args.faults {
         results.faults = Some(words::Faults {
             counts: fleet.snapshot().counts,
@@ -130,10 +167,14 @@ async fn show(context: &Context, args: &DemoArgs) -> Result<Shown> {
             image: &bad,
             size: images.bad_size(),
         };
-        results.rolled_back(update(context, &mut site, &model, &fleet, &bad).await?);
+        results.rolled_back(update(context, &mut site.client, &model, &fleet, &bad).await?);
     }
     let report = serde_json::to_value(&results.report).doing(|| "write the report".to_owned())?;
-    let table = words::table(&results.report, results.faults.as_ref());
+    let table = words::table(
+        &results.report,
+        results.faults.as_ref(),
+        results.lost.as_ref(),
+    );
     if context.out.json {
         context.out.say(table.trim_end());
     }
@@ -195,7 +236,8 @@ impl Images {
             seed: args.seed,
         };
         let of_each = size.saturating_add(if args.faults { images.bad_size() } else { 0 });
-        image::check_memory(args.devices, of_each)?;
+        let processes = if args.nodes > 1 { args.nodes } else { 0 };
+        image::check_memory(args.devices, of_each, processes)?;
         Ok(images)
     }
 
@@ -219,12 +261,16 @@ async fn start_fleet(
     images: &Images,
 ) -> Result<Fleet> {
     let pki = site.add_devices(model, args.devices).await?;
-    let servers = vec![site.addresses.devices.to_string()];
+    let servers = site.servers.device_addresses();
     let (product, hw_id) = (model.product.clone(), model.hw_id.clone());
     let mut config = FleetConfig::new(servers, pki, product, hw_id, model.channel.clone());
     config.version = FACTORY;
     config.seed = args.seed;
     config.slot_capacity = images.size.max(config.slot_capacity);
+    if args.nodes > 1 {
+        let slowest = (images.size / limits::CLUSTER_DOWNLOAD_S).max(1);
+        config.bandwidth = Some(slowest..=images.size);
+    }
     if args.faults {
         config.faults = FAULTS;
         config.bad_versions = BTreeSet::from([BAD]);
@@ -249,22 +295,49 @@ struct Step<'a> {
     size: u64,
 }
 
+impl Step<'_> {
+    /// What it may take until every device has ended.
+    fn time(&self, fleet: &Fleet) -> Duration {
+        let bytes = self.size.saturating_mul(fleet.snapshot().devices as u64);
+        limits::UPDATE_TIME + Duration::from_secs(bytes / limits::BYTES_PER_SECOND)
+    }
+}
+
+/// Kills a node in the middle of the update, where there are several.
+async fn lose_a_node(
+    context: &Context,
+    servers: &mut Servers,
+    fleet: &Fleet,
+    step: &Step<'_>,
+) -> Result<Option<Loss>> {
+    let Servers::Nodes(cluster) = servers else {
+        return Ok(None);
+    };
+    let time = step.time(fleet);
+    let loss = cluster.lose_one(fleet, &step.version, time).await?;
+    if let Some(loss) = &loss {
+        context.out.say(&format!(
+            "Killed {}, which had {}.",
+            loss.node,
+            plural(loss.devices() as u64, "device")
+        ));
+    }
+    Ok(loss)
+}
+
 /// Releases an image as `fwpush release` does, shows the rollout's progress, and waits until every device has ended.
 async fn update(
     context: &Context,
-    site: &mut Site,
+    client: &mut Client,
     model: &Model,
     fleet: &Fleet,
     step: &Step<'_>,
 ) -> Result<Outcomes> {
     let args = release_args(model, step);
     let starting = || fleet.mark_release_start(Instant::now());
-    let released = release::run::release(context, &mut site.client, &args, starting).await?;
-    let devices = fleet.snapshot().devices as u64;
-    let bytes_time =
-        Duration::from_secs(step.size.saturating_mul(devices) / limits::BYTES_PER_SECOND);
-    let mut shown = Box::pin(rollout::follow(&mut site.client, &released.rollout));
-    let ended = fleet.wait_for(&step.version, limits::UPDATE_TIME + bytes_time);
+    let released = release::run::release(context, client, &args, starting).await?;
+    let mut shown = Box::pin(rollout::follow(client, &released.rollout));
+    let ended = fleet.wait_for(&step.version, step.time(fleet));
     tokio::pin!(ended);
     let outcomes = tokio::select! {
         outcomes = &mut ended => outcomes,
@@ -274,7 +347,11 @@ async fn update(
         }
     };
     // The devices are the judges; what the server thinks of it is for the eye.
-    match tokio::time::timeout(limits::LAST_WORD_TIME, shown).await {
+    let last_word = match fleet.servers().len() {
+        1 => limits::LAST_WORD_TIME,
+        _ => limits::CLUSTER_LAST_WORD_TIME,
+    };
+    match tokio::time::timeout(last_word, shown).await {
         Ok(shown) => drop(shown?),
         Err(_) if outcomes.unexpected.is_empty() => {
             return Err(Failure::new(
@@ -321,6 +398,8 @@ struct Results {
     report: Report,
     /// With `--faults`.
     faults: Option<words::Faults>,
+    /// With `--nodes`.
+    lost: Option<words::Lost>,
     /// Devices that ended otherwise than they should have, and how.
     unexpected: Vec<(DeviceId, String)>,
 }
@@ -330,6 +409,7 @@ impl Results {
         let mut results = Self {
             report,
             faults: None,
+            lost: None,
             unexpected: Vec::new(),
         };
         results.add(outcomes);
@@ -341,6 +421,20 @@ impl Results {
             faults.rolled_back = outcomes.as_expected;
         }
         self.add(outcomes);
+    }
+
+    fn lost(&mut self, loss: &Loss, stranded: Vec<DeviceId>, fleet: &Fleet) {
+        self.lost = Some(words::Lost {
+            node: loss.node.clone(),
+            devices: loss.devices(),
+            moved: loss.devices() - stranded.len(),
+            longest_offline: fleet.snapshot().longest_offline,
+        });
+        let why = format!("on no other node since {} was killed", loss.node);
+        self.add(Outcomes {
+            as_expected: 0,
+            unexpected: stranded.into_iter().map(|id| (id, why.clone())).collect(),
+        });
     }
 
     fn add(&mut self, outcomes: Outcomes) {

@@ -1,4 +1,5 @@
-//! The demo's own installation: made by `init`, served in this process, with a record and a certificate for each device.
+//! The demo's own installation: made by `init`, served in this process or by nodes of their own, with a record and a
+//! certificate for each device.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -13,7 +14,10 @@ use fwpush_keys::{
 use fwpush_proto::v1::{AddDeviceRequest, AddDeviceResponse};
 use fwpush_server::{Addresses, Config, Running, Server};
 
-use super::limits;
+use super::{
+    cluster::{self, Cluster, Engines},
+    limits,
+};
 use crate::{
     args::InitArgs,
     client::Client,
@@ -26,7 +30,7 @@ use crate::{
 };
 
 /// Stand in the files that `init` makes, until the system has chosen.
-const PORTS: Ports = Ports {
+pub const PORTS: Ports = Ports {
     devices: 7443,
     operators: 7444,
     metrics: 7445,
@@ -55,37 +59,90 @@ impl Model {
     }
 }
 
-/// A server that runs in this process.
+/// An installation whose servers run.
 #[derive(Debug)]
 pub struct Site {
-    pub server: Running,
+    pub servers: Servers,
+    /// Of the first server.
     pub client: Client,
-    pub addresses: Addresses,
+}
+
+/// Who serves it.
+#[derive(Debug)]
+pub enum Servers {
+    /// One server in this process.
+    Here(Box<Running>),
+    /// Processes of their own.
+    Nodes(Box<Cluster>),
+}
+
+impl Servers {
+    /// `host:port` each, where devices connect.
+    pub fn device_addresses(&self) -> Vec<String> {
+        let addresses = match self {
+            Self::Here(server) => vec![server.addresses().devices],
+            Self::Nodes(cluster) => cluster.device_addresses(),
+        };
+        addresses.iter().map(SocketAddr::to_string).collect()
+    }
+
+    /// Of those that still run.
+    pub fn metrics_addresses(&mut self) -> Result<Vec<SocketAddr>> {
+        match self {
+            Self::Here(server) => Ok(server.addresses().metrics.into_iter().collect()),
+            Self::Nodes(cluster) => cluster.metrics_addresses(),
+        }
+    }
+
+    pub async fn drain_and_stop(self) {
+        match self {
+            Self::Here(server) => server.drain_and_stop().await,
+            Self::Nodes(cluster) => cluster.stop().await,
+        }
+    }
 }
 
 impl Site {
     /// Makes an installation in `dir`, which must not hold one, and starts its server on free ports of the loopback
     /// address.
     pub async fn start(dir: &Path, model: &Model) -> Result<Self> {
-        init::make(&init_args(dir, model)?, Timestamp::now())?;
+        init::make(
+            &init_args(dir, model, Ipv4Addr::LOCALHOST)?,
+            Timestamp::now(),
+        )?;
         let mut config =
             Config::from_dir(dir).doing(|| "read the server's configuration".to_owned())?;
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.listen.devices = any_port;
         config.listen.operators = any_port;
         config.listen.metrics = Some(any_port);
-        config.limits.reconnect_spread_s = limits::RECONNECT_SPREAD_S;
+        config.limits.reconnect_spread_s = limits::RECONNECT_SPREAD_S.into();
         let server = Server::start(config)
             .await
             .doing(|| "start the server".to_owned())?;
-        let addresses = server.addresses();
-        settle_ports(dir, addresses)?;
-        let client =
-            Client::connect(OperatorConfig::load(&dir.join("operator").join(FILE_NAME))?).await?;
+        settle_ports(dir, server.addresses())?;
         Ok(Self {
-            server,
-            client,
-            addresses,
+            servers: Servers::Here(Box::new(server)),
+            client: connect(dir).await?,
+        })
+    }
+
+    /// The same served by `nodes` nodes, each a process with its own certificate on a loopback host of its own.
+    pub async fn start_cluster(
+        dir: &Path,
+        model: &Model,
+        nodes: u32,
+        engines: Engines,
+    ) -> Result<Self> {
+        let places = cluster::places(dir, nodes)?;
+        let Some(first) = places.first() else {
+            return Err(Failure::usage("a cluster has at least one node"));
+        };
+        init::make(&init_args(dir, model, first.host)?, Timestamp::now())?;
+        let cluster = Cluster::start(dir, places, engines).await?;
+        Ok(Self {
+            servers: Servers::Nodes(Box::new(cluster)),
+            client: connect(dir).await?,
         })
     }
 
@@ -148,13 +205,17 @@ impl Site {
     }
 }
 
-fn init_args(dir: &Path, model: &Model) -> Result<InitArgs> {
-    let localhost = SanName::Ip(Ipv4Addr::LOCALHOST.into());
+async fn connect(dir: &Path) -> Result<Client> {
+    Client::connect(OperatorConfig::load(&dir.join("operator").join(FILE_NAME))?).await
+}
+
+pub fn init_args(dir: &Path, model: &Model, host: Ipv4Addr) -> Result<InitArgs> {
+    let host = SanName::Ip(host.into());
     let name = || "name the demo's server".to_owned();
     Ok(InitArgs {
         target: dir.to_owned(),
         trust_domain: model.trust_domain.clone(),
-        server_names: vec![localhost, "localhost".parse().doing(name)?],
+        server_names: vec![host, "localhost".parse().doing(name)?],
         products: vec![model.product.clone()],
         max_counter: 100,
         node_id: "node-1".parse().doing(name)?,
@@ -167,10 +228,10 @@ fn init_args(dir: &Path, model: &Model) -> Result<InitArgs> {
 
 /// Ports of the three listeners.
 #[derive(Clone, Copy, Debug)]
-struct Ports {
-    devices: u16,
-    operators: u16,
-    metrics: u16,
+pub struct Ports {
+    pub devices: u16,
+    pub operators: u16,
+    pub metrics: u16,
 }
 
 /// Writes the ports that the system chose into the installation's files, so that other commands find the server, also
@@ -218,7 +279,8 @@ mod tests {
     fn the_files_of_the_installation_name_the_ports_that_were_taken() {
         let dir = tempfile::tempdir().unwrap();
         let model = Model::new().unwrap();
-        init::make(&init_args(dir.path(), &model).unwrap(), Timestamp::now()).unwrap();
+        let args = init_args(dir.path(), &model, Ipv4Addr::LOCALHOST).unwrap();
+        init::make(&args, Timestamp::now()).unwrap();
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         // As unlucky as can be: each is another's placeholder.
         settle_ports(

@@ -98,7 +98,7 @@ async fn every_device_ends_as_expected_also_with_faults() {
     assert_eq!(shown.results.report.image_bytes, 1 << 20);
     assert_eq!(shown.results.faults.as_ref().unwrap().rolled_back, 5);
     shown.fleet.stop().await;
-    shown.site.server.drain_and_stop().await;
+    shown.site.servers.drain_and_stop().await;
     shown.results.verdict().unwrap();
     assert!(
         target.join("operator/fwpush.toml").exists(),

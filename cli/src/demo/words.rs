@@ -1,9 +1,9 @@
 //! What the demo tells at its end.
 
-use std::{env, path::Path};
+use std::{env, net::SocketAddr, path::Path, time::Duration};
 
 use device_sim::{Counts, Percentiles, Report};
-use fwpush_server::Addresses;
+use fwpush_keys::NodeId;
 
 use super::{BAD, FACTORY, GOOD};
 use crate::output::{Facts, bytes};
@@ -17,8 +17,20 @@ pub struct Faults {
     pub rolled_back: u64,
 }
 
+/// What the loss of a node brought.
+#[derive(Clone, Debug)]
+pub struct Lost {
+    pub node: NodeId,
+    /// Devices that were connected to it.
+    pub devices: usize,
+    /// Those of them that are connected to others now.
+    pub moved: usize,
+    /// The longest that any device was without a stream.
+    pub longest_offline: Duration,
+}
+
 /// The figures as a table.
-pub fn table(report: &Report, faults: Option<&Faults>) -> String {
+pub fn table(report: &Report, faults: Option<&Faults>, lost: Option<&Lost>) -> String {
     let mut facts = Facts::default();
     let devices = report.devices;
     facts
@@ -44,6 +56,27 @@ pub fn table(report: &Report, faults: Option<&Faults>) -> String {
             ),
         )
         .add("throughput", throughput(report));
+    if let Some(Lost {
+        node,
+        devices,
+        moved,
+        longest_offline,
+    }) = lost
+    {
+        facts
+            .add(
+                "node killed",
+                format!("{node}, with {devices} devices on it"),
+            )
+            .add("went elsewhere", format!("{moved} of {devices}"))
+            .add(
+                "longest offline",
+                format!(
+                    "{:.2} s, of any device, its reboots included",
+                    longest_offline.as_secs_f64()
+                ),
+            );
+    }
     if let Some(Faults {
         counts,
         rolled_back,
@@ -92,19 +125,24 @@ fn throughput(report: &Report) -> String {
 }
 
 /// Commands to try while the demo stays up.
-pub fn to_try(dir: &Path, image: &Path, at: Addresses) -> String {
+pub fn to_try(dir: &Path, image: &Path, metrics: &[SocketAddr]) -> String {
     let program = env::args().next().unwrap_or_else(|| "fwpush".to_owned());
     let (fwpush, dir, image) = (
         shell_word(&program),
         shell_word(&dir.to_string_lossy()),
         shell_word(&image.to_string_lossy()),
     );
-    let metrics = at
-        .metrics
-        .map_or_else(String::new, |at| format!("\n  curl http://{at}/metrics"));
+    let servers = match metrics.len() {
+        0 | 1 => "server",
+        _ => "servers",
+    };
+    let metrics: String = metrics
+        .iter()
+        .map(|at| format!("\n  curl http://{at}/metrics"))
+        .collect();
     format!(
         "
-The server and the devices stay up until Ctrl-C. In another terminal:
+The {servers} and the devices stay up until Ctrl-C. In another terminal:
 
   {fwpush} device list --dir {dir}
   {fwpush} device show demo-00001 --dir {dir}
@@ -147,7 +185,7 @@ mod tests {
 
     #[test]
     fn the_table_tells_what_was_measured() {
-        let text = table(&report(), None);
+        let text = table(&report(), None, None);
         for part in [
             "99 of 100, from 1.0.0 to 1.1.0",
             "p50 12.3 ms, p99 999.9 ms, max 1.50 s",
@@ -166,8 +204,18 @@ mod tests {
             },
             rolled_back: 98,
         };
-        let text = table(&report(), Some(&faults));
+        let text = table(&report(), Some(&faults), None);
         assert!(text.contains("98 of 100 from 1.2.0"), "{text}");
+        let lost = Lost {
+            node: "node-2".parse().unwrap(),
+            devices: 33,
+            moved: 32,
+            longest_offline: Duration::from_millis(1_234),
+        };
+        let text = table(&report(), None, Some(&lost));
+        for part in ["node-2, with 33 devices", "32 of 33", "1.23 s"] {
+            assert!(text.contains(part), "{part:?} in {text}");
+        }
     }
 
     #[test]
@@ -176,7 +224,7 @@ mod tests {
             seconds: 0.0,
             ..report()
         };
-        assert!(table(&report, None).contains("throughput"));
+        assert!(table(&report, None, None).contains("throughput"));
     }
 
     #[test]
