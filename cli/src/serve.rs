@@ -153,7 +153,8 @@ pub fn init_log(format: LogFormat) -> Result<()> {
         Some((name, text)) => EnvFilter::try_new(text).map_err(|error| {
             Failure::usage(format!("{name}: {error}")).next("For example FWPUSH_LOG=info.")
         })?,
-        None => EnvFilter::new("info"),
+        // Each try of a bucket that is away would be a line; ours says when it goes and when it is back.
+        None => EnvFilter::new("info,object_store=warn"),
     };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -115,9 +115,17 @@ async fn ask<E: Error + 'static>(question: impl Future<Output = Result<(), E>>) 
     }
 }
 
+/// An error with its causes; those of S3 repeat theirs.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let causes = std::iter::successors(error.source(), |&error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+    causes.fold(error.to_string(), |text, cause| {
+        let more = cause.to_string();
+        if text.contains(&more) {
+            text
+        } else {
+            format!("{text}: {more}")
+        }
+    })
 }
 
 async fn note(health: &Health, engine: Engine, answer: Answer) {

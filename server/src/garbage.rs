@@ -203,6 +203,7 @@ mod tests {
         while_a_file_is_being_removed_it_can_be_neither_published_nor_uploaded,
         a_removal_that_was_not_begun_is_given_up,
         a_damaged_file_is_noted_until_it_is_uploaded_again,
+        whatever_races_a_published_image_is_in_the_store,
     );
 
     const DAY: Duration = Duration::from_secs(24 * 3_600 + 1);
@@ -443,5 +444,56 @@ mod tests {
         assert!(!db.want_file(&file).await.unwrap().unwrap().is_kept());
         world.upload(b"a").await;
         assert!(db.want_file(&file).await.unwrap().unwrap().is_kept());
+    }
+
+    #[tokio::test]
+    async fn whatever_races_a_published_image_is_in_the_store() {
+        let mut world = World::new().await;
+        let (db, store, garbage) = (
+            world.bench.db.clone(),
+            world.store.clone(),
+            world.garbage.clone(),
+        );
+        let (mut published, mut refused, mut removed) = (Vec::new(), 0, 0);
+        for round in 0..40_u32 {
+            let content = round.to_le_bytes();
+            let file = world.upload(&content).await;
+            world.collect(Unused::Unnamed).await;
+            db.advance_clock(DAY);
+            // As the calls of an operator do it, and more or less late.
+            let bring = async {
+                for _ in 0..round % 10 {
+                    tokio::task::yield_now().await;
+                }
+                let row = db.want_file(&file).await.unwrap();
+                if row.is_some_and(|row| row.doomed_at.is_some()) {
+                    return false;
+                }
+                if row.is_none() || store.size(&file).await.unwrap().is_none() {
+                    world.store(&content).await;
+                }
+                db.add_file(&file, 4).await.unwrap() == Entered::Yes
+            };
+            // Two nodes, each with its own hand.
+            let other = Garbage::new(db.clone(), store.clone());
+            let (brought, first, second) = tokio::join!(
+                bring,
+                garbage.collect(Unused::Unnamed, "n1"),
+                other.go_on("n2"),
+            );
+            removed += first.unwrap().removed.len();
+            second.unwrap();
+            match brought {
+                true if matches!(world.publish(file).await, Published::New) => published.push(file),
+                _ => refused += 1,
+            }
+            for file in &published {
+                assert!(world.is_stored(file).await, "round {round}: {file} is lost");
+            }
+        }
+        assert!(
+            !published.is_empty(),
+            "{refused} refused, {removed} removed"
+        );
     }
 }

@@ -9,6 +9,7 @@ mod cluster;
 mod corruption;
 mod demo;
 mod download;
+mod files_s3;
 mod fleet;
 mod hostile_server;
 mod limits;

@@ -374,3 +374,23 @@ async fn watched<T>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_says_when_to_come_back_is_busy_and_a_broken_link_is_not() {
+        for code in [Code::Unavailable, Code::ResourceExhausted] {
+            let mut status = Status::new(code, "later");
+            status.metadata_mut().insert(RETRY_AFTER, 5_000_u64.into());
+            let waits = PullError::of(status);
+            assert!(
+                matches!(waits, PullError::Busy(wait) if wait == Duration::from_secs(5)),
+                "{waits:?}"
+            );
+        }
+        let cut = PullError::of(Status::unavailable("the line is dead"));
+        assert!(matches!(cut, PullError::Link(_)), "{cut:?}");
+    }
+}
