@@ -9,7 +9,7 @@ use fwpush_keys::{
     trust::TrustError,
 };
 use fwpush_proto::v1;
-use rustls::pki_types::CertificateDer;
+use rustls::{pki_types::CertificateDer, time_provider::TimeProvider};
 use thiserror::Error;
 use tokio::{
     sync::{mpsc, watch},
@@ -25,6 +25,7 @@ use crate::{
     health::Health,
     limits,
     link::{Link, LinkEvent, LinkInputs, LinkOutputs},
+    mirrors::Shelf,
     settings::AgentSettings,
     slots::{SlotError, SlotHandle, Slots},
     store::{Store, StoreError},
@@ -109,6 +110,16 @@ pub enum AgentEvent {
     },
     /// So many groups of the image need not be fetched.
     GroupsReused(u64),
+    /// Groups come from another place than before; a transfer begins with the node.
+    Source {
+        /// `host` or `host:port`; `None` for the node.
+        mirror: Option<String>,
+    },
+    /// A mirror failed and is not used again in this update.
+    MirrorLeft {
+        host: String,
+        failure: Failure,
+    },
     /// The server has committed all reports up to this number.
     Acked {
         upto_seq: u64,
@@ -215,6 +226,8 @@ pub struct Agent<S: Slots> {
     notices: gate::Latest<v1::FileNotice>,
     trust_updates: gate::Latest<v1::TrustUpdate>,
     words: gate::Bucket,
+    /// Where else the present update's file is.
+    mirrors: Arc<Shelf>,
     /// Sent at registration.
     attributes: Attributes,
     /// When they are looked for again.
@@ -234,6 +247,8 @@ impl<S: Slots> fmt::Debug for Agent<S> {
 struct Uplink {
     tls: Arc<rustls::ClientConfig>,
     dial: Arc<dyn Dial>,
+    /// Trusted time, by which certificates are judged.
+    time: Arc<dyn TimeProvider>,
 }
 
 /// What decides when a run with `once` is over.
@@ -276,7 +291,7 @@ impl<S: Slots> Agent<S> {
         let stop_link = stop.child_token();
         // Also when this future is dropped: a simulated power cut leaves no connection behind.
         let _cut = stop_link.clone().drop_guard();
-        let Some(Uplink { tls, dial }) = &self.uplink else {
+        let Some(Uplink { tls, dial, .. }) = &self.uplink else {
             return Err(AgentError::NoServers);
         };
         let (tls, dial) = (Arc::clone(tls), Arc::clone(dial));

@@ -39,7 +39,8 @@ use service::ServiceSection;
 use slots::SlotsSection;
 use transfer::TransferSection;
 
-/// A configuration file that was read and checked. What it names is not opened yet, but the file of `[running]`.
+/// A configuration file that was read and checked. What it names is not opened yet, but the file of `[running]` and
+/// `mirror_ca_file`.
 #[derive(Debug, Clone)]
 pub struct Config {
     file: ConfigFile,
@@ -122,7 +123,7 @@ struct HealthSection {
 }
 
 impl Config {
-    /// Reads and checks a file; opens nothing that it names but `running.file`.
+    /// Reads and checks a file; opens nothing that it names but `running.file` and `mirror_ca_file`.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let text = fs::read_to_string(path).map_err(|source| ConfigError::Read {
             path: path.into(),
@@ -171,10 +172,11 @@ impl Config {
         file.hooks.check()?;
         file.link.check()?;
         file.service.check()?;
+        let dir = path.parent().unwrap_or(Path::new(""));
         Ok(Self {
-            transfer: file.transfer.settings()?,
+            transfer: file.transfer.settings(dir)?,
             window: file.install.window()?,
-            running: file.running.read(path.parent().unwrap_or(Path::new("")))?,
+            running: file.running.read(dir)?,
             file,
             path: path.into(),
         })

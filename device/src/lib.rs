@@ -15,6 +15,7 @@ pub mod hooks;
 pub mod limits;
 mod link;
 pub mod metered;
+pub mod mirrors;
 mod program;
 pub mod service;
 pub mod settings;
@@ -34,6 +35,7 @@ pub use bundle::BundleFile;
 pub use channel::{Dial, Dialling, Io, TcpDial};
 pub use config::{Config, ConfigError};
 pub use health::{Health, HealthCheck, HealthSubject, Verdict};
+pub use mirrors::{BadMirrorHost, MirrorHost, MirrorRoots};
 pub use program::ProgramError;
 pub use settings::{AgentSettings, ReconnectSettings, TransferSettings};
 pub use slots::{

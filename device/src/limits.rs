@@ -192,6 +192,29 @@ pub const SERVER_REFUSALS: u32 = 4;
 /// Wait between two tries of a download: full jitter, doubling.
 pub const RETRY_MIN: Duration = Duration::from_millis(500);
 pub const RETRY_MAX: Duration = Duration::from_secs(60);
+/// Hosts of mirrors in `agent.toml`; as many can be left in one update, each of which is told.
+pub const MIRROR_HOSTS: usize = 16;
+/// Mirrors looked at in one message, as the wire says.
+pub const MIRRORS: usize = 8;
+/// Bytes of a mirror's url: one that is signed with temporary credentials has 2 KiB.
+pub const MIRROR_URL_BYTES: usize = 4 * 1024;
+/// Read of `mirror_ca_file`, so that one that is too long (64 KiB) is refused by its size.
+pub const MIRROR_CA_FILE_BYTES: u64 = 1024 * 1024;
+/// Failures of a mirror in a row, with nothing brought in between, before it is left: a link breaks now and then.
+pub const MIRROR_FAILURES: u32 = 3;
+/// A mirror that brings no group in this time is left (64 KiB a minute are 1.1 KB/s): there is a node to turn to.
+pub const MIRROR_GROUP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often the server is asked for other mirrors in one update: a download of half a day with urls of an hour.
+pub const MIRROR_ASKS: u32 = 16;
+/// And no more often than this; in between the node is asked for the bytes.
+pub const MIRROR_ASK_INTERVAL: Duration = Duration::from_secs(30);
+/// For the answer. An older server gives none.
+pub const MIRROR_ANSWER: Duration = Duration::from_secs(10);
+/// What a mirror's header may have, and how many lines; those of large CDNs have 2 KiB in 30.
+pub const MIRROR_HEADER_BYTES: usize = 16 * 1024;
+pub const MIRROR_HEADERS: usize = 100;
+/// Received from a mirror and not looked at yet. With what [`RECEIVED_BYTES`] bounds, less than a download from a node takes.
+pub const MIRROR_BUFFER_BYTES: usize = 128 * 1024;
 /// Read at once when a slot is scanned or hashed; BLAKE3 is slow on less than 64 KiB. A multiple of a group.
 pub const SCAN_BYTES: usize = 256 * 1024;
 

@@ -4,7 +4,14 @@ use std::{path::PathBuf, time::Duration};
 
 use fwpush_keys::id::{Channel, DeviceId, HwId, Product, TrustDomain};
 
-use crate::{attributes::Attributes, hooks::Hooks, limits, metered::Metered, window::Window};
+use crate::{
+    attributes::Attributes,
+    hooks::Hooks,
+    limits,
+    metered::Metered,
+    mirrors::{MirrorHost, MirrorRoots},
+    window::Window,
+};
 
 /// Who the device is, whom it asks, and how it behaves.
 #[derive(Debug, Clone)]
@@ -67,8 +74,10 @@ pub struct TransferSettings {
     pub bandwidth_limit: Option<u64>,
     /// Whether the link costs money, and what then.
     pub metered: Option<Metered>,
-    /// Hosts from which https mirrors may be used, none by default. Reserved: this agent fetches from its server only.
-    pub mirror_hosts: Vec<String>,
+    /// Hosts from which https mirrors may be used, none by default; at most [`limits::MIRROR_HOSTS`].
+    pub mirror_hosts: Vec<MirrorHost>,
+    /// Who vouches for their certificates.
+    pub mirror_roots: MirrorRoots,
 }
 
 impl Default for TransferSettings {
@@ -85,6 +94,7 @@ impl Default for TransferSettings {
             bandwidth_limit: None,
             metered: None,
             mirror_hosts: Vec::new(),
+            mirror_roots: MirrorRoots::System,
         }
     }
 }

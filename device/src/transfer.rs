@@ -1,24 +1,23 @@
 //! Brings an image into the spare slot: its outline, what the device has already, then the missing groups.
 //!
 //! Every group is checked against the outline, and the outline against the signed root, before a byte is written
-//! (invariant 5). A broken link, a server that is busy or restarts, and single bad groups are waited out and tried again;
-//! what ends a transfer is named in its [`Trouble`].
+//! (invariant 5). Groups come from a mirror where there is one that may be used, else from the node; the outline, a
+//! two-thousandth of the image, comes from the node. A mirror that fails is left, and nothing that was verified is lost with it. A
+//! broken link, a server that is busy or restarts, and single bad groups are waited out and tried again; what ends a
+//! transfer is named in its [`Trouble`].
 
 use std::{sync::Arc, time::Duration};
 
 use fwpush_keys::{error_text, id::FileId, outline::Outline};
 use rand::{RngExt as _, rngs::SmallRng};
-use tokio::{
-    sync::watch,
-    time::{Instant, sleep},
-};
+use tokio::{sync::watch, time::sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{AgentEvent, Observer},
     channel::Connection,
     limits,
-    metered::Metered,
+    mirrors::MirrorHost,
     settings::TransferSettings,
     slots::{SlotHandle, Slots},
     store::Store,
@@ -26,9 +25,13 @@ use crate::{
 };
 
 mod copy;
+mod drain;
+mod flow;
+mod mirror;
 mod pull;
 mod sink;
 
+pub(crate) use mirror::Mirrors;
 use pull::{Pull, PullError};
 use sink::{Scanned, Sink, SinkError};
 
@@ -37,6 +40,10 @@ pub(crate) struct Transfer<S> {
     pub slots: SlotHandle<S>,
     pub store: Arc<dyn Store>,
     pub connection: watch::Receiver<Option<Connection>>,
+    /// `None`: the configuration lists no mirrors.
+    pub mirrors: Option<Mirrors>,
+    /// The mirror that bytes came from last; `None` for the node.
+    pub source: Option<MirrorHost>,
     pub settings: TransferSettings,
     pub observe: Observer,
     /// Bytes of the image that the spare slot holds, verified.
@@ -56,22 +63,44 @@ impl<S: Slots> Transfer<S> {
         let mut sink = self.reuse(sink).await?;
         tries.progress();
         while let Some(run) = sink.missing().first_run() {
-            let mut bytes = sink.missing().bytes_of(&run);
-            let before = sink.missing().bytes_done();
-            let pull = self.pull(release.file_id(), &tries).await?;
-            bytes.start += sink.begin(bytes.start);
-            let result;
-            (sink, result) = pull.content(sink, bytes).await?;
-            sink.tell_progress();
-            if sink.missing().bytes_done() > before {
-                tries.progress();
-            }
-            if let Err(error) = result {
-                self.after(error, &mut tries).await?;
-            }
+            let bytes = sink.missing().bytes_of(&run);
+            sink = match self.next_mirror(release.file_id()).await? {
+                Some(mirror) => {
+                    self.bring_from_mirror(&mirror, sink, bytes, &release, &mut tries)
+                        .await?
+                }
+                None => {
+                    self.bring_from_node(sink, bytes, release.file_id(), &mut tries)
+                        .await?
+                }
+            };
         }
         let (_, synced) = sink.run(Sink::sync).await?;
         synced.map_err(trouble_of)
+    }
+
+    /// Brings a run of bytes from the node, as far as it goes.
+    async fn bring_from_node(
+        &mut self,
+        mut sink: Sink<S>,
+        mut bytes: std::ops::Range<u64>,
+        file: FileId,
+        tries: &mut Tries,
+    ) -> Result<Sink<S>, Trouble> {
+        let before = sink.missing().bytes_done();
+        let pull = self.pull(file, tries).await?;
+        bytes.start += sink.begin(bytes.start, None);
+        self.tell_source(None);
+        let result;
+        (sink, result) = pull.content(sink, bytes).await?;
+        sink.tell_progress();
+        if sink.missing().bytes_done() > before {
+            tries.progress();
+        }
+        if let Err(error) = result {
+            self.after(error, tries).await?;
+        }
+        Ok(sink)
     }
 
     fn sink(&self, missing: Missing) -> Sink<S> {
@@ -136,7 +165,7 @@ impl<S: Slots> Transfer<S> {
     }
 
     /// Waits for a connection.
-    async fn pull(&mut self, file: FileId, tries: &Tries) -> Result<Pull, Trouble> {
+    async fn connected(&mut self) -> Result<Connection, Trouble> {
         let gone = |_| Trouble::transient("STOPPED", "the agent is stopping");
         let connection = self
             .connection
@@ -144,20 +173,17 @@ impl<S: Slots> Transfer<S> {
             .await
             .map_err(gone)?
             .clone();
-        let connection =
-            connection.ok_or_else(|| Trouble::transient("STOPPED", "the connection has ended"))?;
-        // The link may be another than the one that the owner was asked about.
-        let metered = self.settings.metered.as_ref();
-        if let Some(wait) = Metered::deferral(metered).await {
-            return Err(Trouble::deferral("METERED", "the link is metered", wait));
-        }
+        connection.ok_or_else(|| Trouble::transient("STOPPED", "the connection has ended"))
+    }
+
+    async fn pull(&mut self, file: FileId, tries: &Tries) -> Result<Pull, Trouble> {
         Ok(Pull {
-            connection,
+            connection: self.connected().await?,
             file,
             chunk_bytes: tries.chunk_bytes,
             stall: self.settings.stall,
             group_timeout: self.settings.group_timeout,
-            bandwidth_limit: Metered::limited(metered, self.settings.bandwidth_limit).await,
+            bandwidth_limit: self.link_limit().await?,
             observe: Arc::clone(&self.observe),
         })
     }
@@ -280,40 +306,6 @@ fn trouble_of(error: SinkError) -> Trouble {
     }
 }
 
-/// Spends time so that bytes arrive at no more than a given rate.
-#[derive(Debug)]
-struct Pace {
-    bytes_per_second: Option<u64>,
-    /// When what was received would have been received at that rate.
-    due: Instant,
-}
-
-impl Pace {
-    fn new(bytes_per_second: Option<u64>) -> Self {
-        Self {
-            bytes_per_second: bytes_per_second.filter(|rate| *rate > 0),
-            due: Instant::now(),
-        }
-    }
-
-    /// Gives what these bytes take at that rate.
-    fn received(&mut self, bytes: u64) -> Duration {
-        let Some(rate) = self.bytes_per_second else {
-            return Duration::ZERO;
-        };
-        let takes = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        self.due = self.due.max(Instant::now()) + takes;
-        takes
-    }
-
-    /// Until the next bytes may be received.
-    async fn wait(&self) {
-        if self.bytes_per_second.is_some() {
-            tokio::time::sleep_until(self.due).await;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rand::SeedableRng as _;
@@ -399,19 +391,5 @@ mod tests {
             let waits = tries.after(PullError::Busy(wait), &mut random).unwrap();
             assert!((wait..=wait * 2).contains(&waits));
         }
-    }
-
-    #[tokio::test]
-    async fn a_bandwidth_limit_holds_on_average() {
-        let start = Instant::now();
-        let mut pace = Pace::new(Some(1_000_000));
-        for _ in 0..5 {
-            pace.wait().await;
-            pace.received(10_000);
-        }
-        pace.wait().await;
-        assert!(start.elapsed() >= Duration::from_millis(50));
-        Pace::new(Some(0)).wait().await;
-        Pace::new(None).wait().await;
     }
 }

@@ -29,6 +29,9 @@ use crate::limits::PEM_BYTES;
 use crate::time::Timestamp;
 
 pub use crate::explain::{error_text, explain};
+pub use web::web_client_config;
+
+mod web;
 
 const ALPN_H2: &[u8] = b"h2";
 

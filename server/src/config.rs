@@ -11,8 +11,9 @@ use serde::Deserialize;
 
 use crate::{
     db::{Options, Place, PlaceError, TlsMode},
-    files::{Files, FilesError, FilesPlace},
+    files::{FileStore, Files, FilesError, FilesPlace},
     limits,
+    mirrors::Mirrors,
     route::{self, RedisPlace},
 };
 
@@ -310,6 +311,7 @@ impl Config {
             3_600,
         )?;
         self.files_place()?;
+        self.mirrors(None)?;
         self.place()?;
         self.membership()?;
         if !self
@@ -340,6 +342,13 @@ impl Config {
 
     fn files_problem(&self, FilesError { key, problem }: FilesError) -> ConfigError {
         self.problem(key, problem)
+    }
+
+    /// Where else devices find the files of `store`.
+    pub fn mirrors(&self, store: Option<&FileStore>) -> Result<Mirrors, ConfigError> {
+        let store = store.filter(|_| self.files.presign);
+        Mirrors::new(self.files.mirror_url.as_deref(), store.cloned())
+            .map_err(|problem| self.problem("files.mirror_url", problem.to_string()))
     }
 
     /// Where the database is.
@@ -495,6 +504,12 @@ mod tests {
             "a typing error is not ignored"
         );
         assert!(parse(&format!("{LEAST}[files]\nurl = \"ftp://x\"\n")).is_err());
+        let http = format!("{LEAST}[files]\nmirror_url = \"http://cdn.example/fw\"\n");
+        let refused = parse(&http).unwrap_err().to_string();
+        assert!(
+            refused.contains("`files.mirror_url` must be `https://"),
+            "{refused}"
+        );
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod ingest;
 pub mod limits;
 mod listen;
 mod metrics;
+pub mod mirrors;
 mod reconcile;
 pub mod releases;
 pub mod restored;

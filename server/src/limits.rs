@@ -122,6 +122,15 @@ pub const DOWNLOADS: usize = 4_096;
 /// Downloads at once of one device: content and outline, with one left over from a broken link.
 pub const DOWNLOADS_PER_DEVICE: usize = 4;
 
+/// A mirror's URL is of use for a day: devices that put an update off hear of a mirror that is there no more.
+pub const MIRROR_LIFE: Duration = Duration::from_secs(24 * 3_600);
+
+/// The configured beginning of mirrors' URLs; with a file's name behind it, well below what devices take (4 KiB).
+pub const MIRROR_PREFIX_BYTES: usize = 1_024;
+
+/// Failed mirrors in one message, as the wire says; and those of one stream that become events: a device has 16 hosts at most.
+pub const MIRRORS_FAILED: usize = 16;
+
 /// What a refused download is told to wait.
 pub const DOWNLOAD_RETRY: Duration = Duration::from_secs(5);
 

@@ -21,6 +21,8 @@ pub const REPORTS: &str = "fwpush_reports_total";
 pub const REPORTS_DROPPED: &str = "fwpush_reports_dropped_total";
 pub const REPORT_COMMIT_SECONDS: &str = "fwpush_report_commit_seconds";
 pub const PHASE_CHANGES: &str = "fwpush_phase_changes_total";
+pub const MIRROR_REQUESTS: &str = "fwpush_mirror_requests_total";
+pub const MIRROR_FAILURES: &str = "fwpush_mirror_failures_total";
 pub const OPERATOR_CALLS: &str = "fwpush_operator_calls_total";
 
 pub const CLONED: &str = "fwpush_cloned_identities_total";
@@ -47,6 +49,26 @@ pub fn engine_answered(engine: Engine, took: Option<Duration>) {
     if let Some(took) = took {
         metrics::histogram!(seconds).record(took);
     }
+}
+
+/// Failures of mirrors that agents report; a label takes no word of a device.
+const MIRROR_CODES: [&str; 10] = [
+    "GROUP_MISMATCH",
+    "MIRROR_ANSWER",
+    "MIRROR_CERTIFICATE",
+    "MIRROR_CUT",
+    "MIRROR_EXPIRED",
+    "MIRROR_REDIRECT",
+    "MIRROR_ROOTS",
+    "MIRROR_STALLED",
+    "MIRROR_STATUS",
+    "MIRROR_UNREACHABLE",
+];
+
+/// The label for a code that a device sent.
+pub fn mirror_code(code: &str) -> &'static str {
+    let known = MIRROR_CODES.iter().find(|known| **known == code);
+    known.copied().unwrap_or("OTHER")
 }
 
 static HANDLE: OnceLock<Option<PrometheusHandle>> = OnceLock::new();
@@ -103,6 +125,14 @@ fn describe() {
         "Time to commit one group of reports."
     );
     describe_counter!(PHASE_CHANGES, "Phase changes of device updates, by phase.");
+    describe_counter!(
+        MIRROR_REQUESTS,
+        "Questions of devices for other mirrors, and reports that they left some."
+    );
+    describe_counter!(
+        MIRROR_FAILURES,
+        "Mirrors that devices have left, by the code of the failure."
+    );
     describe_gauge!(DATABASE_UP, "1 while the database answers, else 0.");
     describe_histogram!(
         DATABASE_SECONDS,

@@ -216,6 +216,7 @@ impl Server {
             ingest: ingest.clone(),
             trust: trust.clone(),
             tunables: tunables.clone(),
+            mirrors: config.mirrors(Some(&store))?,
         };
         let device_records = Devices::new(
             db.clone(),

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use arc_swap::ArcSwap;
 use fwpush_keys::{id::DeviceId, time::Timestamp};
 use fwpush_proto::v1::{
-    ClientMessage, Drain, FileNotice, Heartbeat, HeartbeatAck, Registered, ReportAck,
-    RevocationVersion, ServerMessage, SessionKind, client_message::Kind as FromDevice,
+    self, ClientMessage, Drain, Heartbeat, HeartbeatAck, Registered, ReportAck, RevocationVersion,
+    ServerMessage, SessionKind, client_message::Kind as FromDevice,
     server_message::Kind as ToDevice,
 };
 use tokio::{
@@ -19,10 +19,11 @@ use crate::{
     access::Access,
     budget::Ask,
     config::Tunables,
-    db::{Db, DeviceRecord},
+    db::{Db, DeviceRecord, ReleaseRow},
     desired::{self, Desired, DesiredAction},
-    ingest::{DeviceReport, Ingest},
+    ingest::{DeviceReport, Ingest, ReportError},
     limits, metrics as m,
+    mirrors::Mirrors,
     route::Route,
     session::{Closing, Session, Sessions},
     trust::TrustDocs,
@@ -40,6 +41,7 @@ pub struct Context {
     pub trust: TrustDocs,
     /// Replaced by a reload: new streams see the new one.
     pub tunables: Arc<ArcSwap<Tunables>>,
+    pub mirrors: Mirrors,
 }
 
 type Out = mpsc::Sender<Result<ServerMessage, Status>>;
@@ -130,6 +132,8 @@ async fn serve(
         sent_generation: 0,
         sent_at: Instant::now(),
         trust_refused: None,
+        desired: Arc::clone(&desired),
+        mirrors_failed: Vec::new(),
         heard: Instant::now(),
     };
     stream.welcome(&hello.facts, desired).await?;
@@ -177,6 +181,10 @@ struct Stream<'a> {
     sent_at: Instant,
     /// The last refusal of a trust document that was noted, so that a repetition costs nothing.
     trust_refused: Option<String>,
+    /// What the device was told last, here or on the stream that this one resumes.
+    desired: Arc<Desired>,
+    /// Mirrors that the device has left, with why, as far as they were noted.
+    mirrors_failed: Vec<String>,
     heard: Instant,
 }
 
@@ -306,6 +314,9 @@ impl Stream<'_> {
                     Ok(())
                 }
             }
+            FromDevice::MirrorRequest(request) => {
+                self.mirror_request(wire::mirror_request(request)?).await
+            }
             FromDevice::NoticeReply(reply) => self.report(wire::reply(reply)?),
             FromDevice::FileAck(ack) => self.report(wire::file_ack(ack)?),
             FromDevice::Report(report) => self.report(wire::report(report)?),
@@ -344,19 +355,65 @@ impl Stream<'_> {
             return;
         }
         tracing::warn!(error = words, "A device refused a trust document.");
-        let event = self.context.db.event(
-            Some(self.device),
-            "TRUST_REFUSED",
-            &words,
-            self.device.as_str(),
-        );
+        self.note("TRUST_REFUSED", &words).await;
+        self.trust_refused = Some(words);
+    }
+
+    async fn note(&self, kind: &str, words: &str) {
+        let actor = self.device.as_str();
+        let event = self.context.db.event(Some(self.device), kind, words, actor);
         if let Err(error) = event.await {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "An event was not kept."
             );
         }
-        self.trust_refused = Some(words);
+    }
+
+    /// Notes the mirrors that the device has left, and answers with those that there are of what it should run.
+    async fn mirror_request(&mut self, request: wire::MirrorRequest) -> Result<(), End> {
+        metrics::counter!(m::MIRROR_REQUESTS).increment(1);
+        for (host, error) in &request.failed {
+            self.note_failed_mirror(host, error).await;
+        }
+        let release = self.desired.release.as_deref().filter(|release| {
+            self.desired.generation == request.generation && release.file_id == request.file_id
+        });
+        let mirrors = self.mirrors_of(release).await;
+        self.send(ToDevice::Mirrors(v1::Mirrors {
+            generation: request.generation,
+            file_id: request.file_id.to_string(),
+            mirrors,
+        }))
+        .await
+    }
+
+    /// One event for each mirror and reason in a stream, and no more than a device can have.
+    async fn note_failed_mirror(&mut self, host: &str, error: &ReportError) {
+        let noted = format!("{host}: {}", error.code);
+        let known = self.mirrors_failed.contains(&noted);
+        if known || self.mirrors_failed.len() >= limits::MIRRORS_FAILED {
+            return;
+        }
+        self.mirrors_failed.push(noted);
+        metrics::counter!(m::MIRROR_FAILURES, "code" => m::mirror_code(&error.code)).increment(1);
+        tracing::warn!(
+            host,
+            code = error.code,
+            reason = error.message,
+            "A device has left a mirror."
+        );
+        let words = format!("{host}: {}: {}", error.code, error.message);
+        self.note("MIRROR_FAILED", &words).await;
+    }
+
+    /// Where else the release's file is; for a device that is to install nothing, nowhere.
+    async fn mirrors_of(&self, release: Option<&ReleaseRow>) -> Vec<v1::Mirror> {
+        let Some(release) = release else {
+            return Vec::new();
+        };
+        let now = self.context.db.now();
+        self.context.mirrors.of(&release.file_id, now).await
     }
 
     /// A report over the bound is dropped unacknowledged: the device sends it again.
@@ -406,10 +463,12 @@ impl Stream<'_> {
         }
     }
 
-    async fn send_notice(&mut self, desired: &Desired) -> Result<(), End> {
-        let notice: FileNotice =
-            desired::notice(desired, uuid::Uuid::new_v4().simple().to_string());
+    async fn send_notice(&mut self, desired: &Arc<Desired>) -> Result<(), End> {
+        let nonce = uuid::Uuid::new_v4().simple().to_string();
+        let mirrors = self.mirrors_of(desired.release.as_deref()).await;
+        let notice = desired::notice(desired, nonce, mirrors);
         self.send(ToDevice::FileNotice(notice)).await?;
+        self.desired = Arc::clone(desired);
         (self.sent_generation, self.sent_at) = (desired.generation, Instant::now());
         metrics::counter!(m::NOTICES, "action" => desired.action.as_str()).increment(1);
         if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) =

@@ -121,6 +121,32 @@ pub fn report(report: v1::UpdateReport) -> Result<Said, Status> {
     numbered(report.seq, report.boot_count, report.generation, kind)
 }
 
+/// What a device says of mirrors.
+#[derive(Debug)]
+pub struct MirrorRequest {
+    pub generation: u64,
+    pub file_id: FileId,
+    /// Those that it has left: host, and why. At most [`limits::MIRRORS_FAILED`]; what is beyond is ignored.
+    pub failed: Vec<(String, ReportError)>,
+}
+
+/// A MirrorRequest.
+pub fn mirror_request(request: v1::MirrorRequest) -> Result<MirrorRequest, Status> {
+    let file_id = request.file_id.parse().map_err(|_| {
+        Status::invalid_argument("the file of a mirror request is not 64 lower-case hex digits")
+    })?;
+    let failed = request.failed.into_iter().take(limits::MIRRORS_FAILED);
+    let failed = failed.map(|failed| {
+        let error = failed.error.unwrap_or_default();
+        (cut(&failed.host), error_of(error))
+    });
+    Ok(MirrorRequest {
+        generation: count(request.generation)?,
+        file_id,
+        failed: failed.collect(),
+    })
+}
+
 /// Phases that only the server knows of.
 fn is_the_servers(phase: v1::Phase) -> bool {
     use v1::Phase as P;

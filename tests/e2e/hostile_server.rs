@@ -8,7 +8,7 @@ use fwpush_proto::v1::{
     server_message::Kind as ToDevice,
 };
 use fwpush_tests::{
-    agent::filler,
+    agent::{filler, table},
     hostile::{Image, proper},
     offline::{COUNTER, HOUR, Offline, list, roots, signed},
     scene::Scene,

@@ -14,6 +14,7 @@ mod fleet;
 mod hostile_server;
 mod limits;
 mod links;
+mod mirrors;
 mod operator;
 mod postgres;
 mod server_kills;

@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod disk;
 pub mod hostile;
 pub mod http2;
+pub mod mirror;
 pub mod offline;
 pub mod pki;
 pub mod postgres;

@@ -54,6 +54,8 @@ url = "sqlite:data/fwpush.db"
 
 [files]
 url = "file:data/files"
+# A CDN that has the same files: devices whose configuration lists its host take images from there.
+# mirror_url = "https://cdn.example/fw"
 
 [limits]
 # Live connections of devices.

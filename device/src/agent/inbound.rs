@@ -46,13 +46,20 @@ impl<S: Slots> Agent<S> {
         self.feed(Input::Registered { report_interval });
     }
 
-    pub(super) fn on_notice(&mut self, notice: v1::FileNotice) {
+    pub(super) fn on_notice(&mut self, mut notice: v1::FileNotice) {
+        let mirrors = std::mem::take(&mut notice.mirrors);
         let notice = wire::notice(notice);
+        let (generation, file_id) = (notice.generation, notice.file_id.clone());
         self.tell(AgentEvent::Notice {
-            generation: notice.generation,
+            generation,
             action: notice.action,
         });
         self.feed(Input::Notice(notice));
+        // Only of what the updater took up: a notice that it ignores must not take the mirrors away either.
+        let update = self.updater.state().update.as_ref();
+        if update.is_some_and(|update| update.generation == generation) {
+            self.mirrors.told(generation, &file_id, &mirrors);
+        }
     }
 
     fn on_message(&mut self, kind: Kind, wires: &mut Wires) {
@@ -80,6 +87,7 @@ impl<S: Slots> Agent<S> {
                     self.on_trust_update(&update, wires);
                 }
             }
+            Kind::Mirrors(mirrors) => self.mirrors.answered(&mirrors),
             // For people, who would not read more.
             Kind::Text(_) | Kind::Event(_) if !self.words.take(Instant::now()) => {}
             Kind::Text(text) => {

@@ -12,7 +12,7 @@ use crate::{
     health::{HealthCheck, HealthSubject, Verdict},
     limits,
     slots::{BootView, Gone, ImageFacts, SlotError, SlotHandle, Slots},
-    transfer::Transfer,
+    transfer::{Mirrors, Transfer},
     update::{Command, Consent, Input, JobId, Trouble},
 };
 
@@ -79,6 +79,8 @@ impl<S: Slots> Agent<S> {
                     slots: slots.clone(),
                     store: self.memory.store(),
                     connection: wires.connection.clone(),
+                    mirrors: self.mirrors_for_transfer(wires),
+                    source: None,
                     settings: self.settings.transfer.clone(),
                     observe: Arc::clone(&self.observe),
                     progress: wires.progress_tx.clone(),
@@ -135,6 +137,23 @@ impl<S: Slots> Agent<S> {
             // Not jobs; see `Agent::execute`.
             Command::AskConsent { .. } | Command::Cancel | Command::Reboot => {}
         }
+    }
+
+    /// `None` where no mirror may be used.
+    fn mirrors_for_transfer(&self, wires: &Wires) -> Option<Mirrors> {
+        let uplink = self.uplink.as_ref().filter(|_| self.mirrors.is_used())?;
+        let update = self.updater.state().update.as_ref()?;
+        Some(Mirrors {
+            shelf: Arc::clone(&self.mirrors),
+            generation: update.generation,
+            messages: wires.messages.clone(),
+            dial: Arc::clone(&uplink.dial),
+            time: Arc::clone(&uplink.time),
+            roots: self.settings.transfer.mirror_roots.clone(),
+            connect_timeout: self.settings.reconnect.connect_timeout,
+            tls: None,
+            open: None,
+        })
     }
 
     pub(super) fn on_job_end(&mut self, ended: Result<JobEnd, JoinError>, wires: &mut Wires) {

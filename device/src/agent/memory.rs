@@ -12,6 +12,7 @@ use fwpush_keys::{
     tls::{ClockFn, client_config},
     trust::{TrustError, Verified},
 };
+use rustls::time_provider::TimeProvider;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -21,6 +22,7 @@ use super::{
 };
 use crate::{
     limits,
+    mirrors::Shelf,
     settings::AgentSettings,
     slots::{SlotHandle, SlotId, Slots},
     store::{Document, Store, StoreError},
@@ -71,7 +73,7 @@ pub(super) fn open<S: Slots>(parts: AgentParts<S>) -> Result<Agent<S>, AgentErro
     };
     let (mut agent, _) = open_with(local, false)?;
     let clock = Arc::clone(&agent.memory.clock);
-    let time = Arc::new(ClockFn(move || {
+    let time: Arc<dyn TimeProvider> = Arc::new(ClockFn(move || {
         clock
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -81,11 +83,12 @@ pub(super) fn open<S: Slots>(parts: AgentParts<S>) -> Result<Agent<S>, AgentErro
         parts.credentials,
         parts.node_ca,
         &agent.settings.trust_domain,
-        time,
+        Arc::clone(&time),
     )?;
     agent.uplink = Some(Uplink {
         tls: Arc::new(tls),
         dial: parts.dial,
+        time,
     });
     Ok(agent)
 }
@@ -164,7 +167,9 @@ fn open_with<S: Slots>(
     );
     let found = under_way.and_then(|under_way| ended(updater.state(), under_way));
     let attributes = settings.attributes.clone();
+    let mirrors = Arc::new(Shelf::new(settings.transfer.mirror_hosts.clone()));
     let agent = Agent {
+        mirrors,
         settings: Arc::new(settings),
         uplink: None,
         bundle: None,

@@ -8,6 +8,8 @@ mod downloads;
 mod faults;
 mod floods;
 mod idle;
+mod mirror;
+mod mirrors;
 mod owner;
 mod power_cuts;
 mod server;

@@ -1,13 +1,20 @@
 //! The section `[transfer]`: how image bytes are fetched.
 
-use std::time::Duration;
+use std::{
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use fwpush_keys::{error_text, tls::certificates_from_pem};
 use serde::Deserialize;
 
 use super::owner::{Problem, check_command, check_seconds};
 use crate::{
     limits,
     metered::{Metered, MeteredPolicy},
+    mirrors::{MirrorHost, MirrorRoots},
     settings::TransferSettings,
 };
 
@@ -27,6 +34,7 @@ pub(super) struct TransferSection {
     metered_limit_bytes_per_s: Option<u64>,
     #[serde(default)]
     mirror_hosts: Vec<String>,
+    mirror_ca_file: Option<PathBuf>,
 }
 
 /// What is done on a metered link.
@@ -39,8 +47,8 @@ enum MeteredKind {
 }
 
 impl TransferSection {
-    /// The settings, checked.
-    pub(super) fn settings(&self) -> Result<TransferSettings, Problem> {
+    /// The settings, checked. `dir`: where relative paths begin; `mirror_ca_file` is read.
+    pub(super) fn settings(&self, dir: &Path) -> Result<TransferSettings, Problem> {
         let default = TransferSettings::default();
         let (frames, chunks) = (limits::FRAME_BYTES_RANGE, limits::CHUNK_BYTES_RANGE);
         let windows = limits::WINDOW_BYTES_MIN..=limits::WINDOW_BYTES_MAX;
@@ -98,8 +106,40 @@ impl TransferSection {
             )?,
             bandwidth_limit: self.bandwidth_limit_bytes_per_s,
             metered: self.metered()?,
-            mirror_hosts: self.mirror_hosts.clone(),
+            mirror_hosts: self.mirror_hosts()?,
+            mirror_roots: self.mirror_roots(dir)?,
         })
+    }
+
+    fn mirror_hosts(&self) -> Result<Vec<MirrorHost>, Problem> {
+        const KEY: &str = "transfer.mirror_hosts";
+        if self.mirror_hosts.len() > limits::MIRROR_HOSTS {
+            let most = limits::MIRROR_HOSTS;
+            return Err((KEY, format!("may list {most} hosts at most")));
+        }
+        let parse = |text: &String| {
+            text.parse()
+                .map_err(|error| (KEY, format!("has {text:?}; {error}")))
+        };
+        self.mirror_hosts.iter().map(parse).collect()
+    }
+
+    fn mirror_roots(&self, dir: &Path) -> Result<MirrorRoots, Problem> {
+        let Some(path) = &self.mirror_ca_file else {
+            return Ok(MirrorRoots::System);
+        };
+        let wrong = |problem: String| ("transfer.mirror_ca_file", problem);
+        let path = dir.join(path);
+        let mut pem = String::new();
+        fs::File::open(&path)
+            .and_then(|file| {
+                file.take(limits::MIRROR_CA_FILE_BYTES)
+                    .read_to_string(&mut pem)
+            })
+            .map_err(|error| wrong(format!("cannot be read: {}: {error}", path.display())))?;
+        let certificates =
+            certificates_from_pem(&pem).map_err(|error| wrong(error_text(&error)))?;
+        Ok(MirrorRoots::These(certificates.into()))
     }
 
     fn metered(&self) -> Result<Option<Metered>, Problem> {

@@ -86,6 +86,23 @@ pub(super) fn log(event: &AgentEvent) {
                 "The download was cut; it goes on where it stopped."
             )
         }
+        AgentEvent::Source { mirror } => {
+            let from = mirror.as_deref().unwrap_or("the node");
+            tracing::info!(
+                event = "transfer.source",
+                from,
+                "The image comes from here."
+            )
+        }
+        AgentEvent::MirrorLeft { host, failure } => {
+            tracing::warn!(
+                event = "transfer.mirror-left",
+                host,
+                code = failure.code,
+                reason = failure.message,
+                "A mirror is not used again in this update."
+            )
+        }
         AgentEvent::GroupsReused(groups) => {
             tracing::info!(
                 event = "transfer.groups-reused",

@@ -32,7 +32,7 @@ impl<S: Slots> Transfer<S> {
         while let Some(run) = sink.missing().first_run() {
             let run = run.start..run.end.min(run.start + most);
             let range = sink.missing().bytes_of(&run);
-            sink.begin(range.start);
+            sink.begin(range.start, None);
             let bytes = bundle
                 .read(move |bundle| {
                     let mut bytes = vec![0; (range.end - range.start) as usize];

@@ -3,30 +3,18 @@
 use std::{collections::VecDeque, error::Error as _, ops::Range, time::Duration};
 
 use bytes::Bytes;
-use fwpush_keys::{
-    id::FileId,
-    outline::{GROUP_BYTES, OutlineError},
-    tls::explain,
-};
+use fwpush_keys::{id::FileId, outline::OutlineError, tls::explain};
 use fwpush_proto::v1::{FileRequest, Part};
 use thiserror::Error;
-use tokio::{
-    task::{JoinError, JoinHandle},
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep_until, timeout};
 use tonic::{Code, Status};
 
 use super::{
-    Pace,
+    drain::{Chunks, drain},
+    flow::Flow,
     sink::{Sink, SinkError},
 };
-use crate::{
-    agent::{AgentEvent, Observer},
-    channel::Connection,
-    limits,
-    slots::Slots,
-    update::Trouble,
-};
+use crate::{agent::Observer, channel::Connection, limits, slots::Slots, update::Trouble};
 
 mod messages;
 
@@ -160,12 +148,11 @@ impl Pull {
     ) -> Result<(Sink<S>, Result<(), PullError>), Trouble> {
         match self.open(Part::Content, bytes).await {
             Err(error) => Ok((sink, Err(error))),
-            Ok(chunks) if sink.blocks() => drain_beside(sink, chunks).await,
-            Ok(chunks) => Ok(drain_inline(sink, chunks).await),
+            Ok(mut chunks) => drain(sink, &mut chunks).await,
         }
     }
 
-    async fn open(self, part: Part, range: Range<u64>) -> Result<Chunks, PullError> {
+    async fn open(self, part: Part, range: Range<u64>) -> Result<Answer, PullError> {
         let request = FileRequest {
             file_id: self.file.to_string(),
             offset: range.start,
@@ -173,149 +160,56 @@ impl Pull {
             max_chunk_bytes: self.chunk_bytes,
             part: part.into(),
         };
-        let give_up = Instant::now() + self.group_timeout;
+        let flow = Flow::new(
+            range,
+            self.group_timeout,
+            self.bandwidth_limit,
+            self.observe,
+        );
         let call = Messages::call(self.connection.channel.clone(), &request);
-        let messages = watched(&self.connection, self.stall, give_up, call).await??;
-        Ok(Chunks {
+        let messages = watched(&self.connection, self.stall, flow.give_up(), call).await??;
+        Ok(Answer {
             messages,
             here: VecDeque::new(),
-            range,
+            flow,
             connection: self.connection,
             stall: self.stall,
-            group_timeout: self.group_timeout,
-            since_group: 0,
-            give_up,
-            pace: Pace::new(self.bandwidth_limit),
-            observe: self.observe,
         })
     }
 }
 
-/// Slots that never block: each chunk is verified and written where it was received.
-async fn drain_inline<S: Slots>(
-    mut sink: Sink<S>,
-    mut chunks: Chunks,
-) -> (Sink<S>, Result<(), PullError>) {
-    loop {
-        let taken = match chunks.next().await {
-            Ok(None) => return (sink, Ok(())),
-            Ok(Some(bytes)) => sink.take(bytes).map_err(PullError::from),
-            Err(error) => Err(error),
-        };
-        if taken.is_err() {
-            return (sink, taken);
-        }
-    }
-}
-
-/// Slots that may block: while one thread verifies and writes what has come, the next is received, up to
-/// [`limits::RECEIVED_BYTES`].
-async fn drain_beside<S: Slots>(
-    sink: Sink<S>,
-    mut chunks: Chunks,
-) -> Result<(Sink<S>, Result<(), PullError>), Trouble> {
-    let mut received: VecDeque<Bytes> = VecDeque::new();
-    let mut ended = None;
-    let mut writer = Writer::Idle(sink);
-    loop {
-        writer = match writer {
-            Writer::Idle(sink) if !received.is_empty() => {
-                let batch = std::mem::take(&mut received);
-                Writer::Busy(
-                    sink.spawn(|sink| batch.into_iter().try_for_each(|bytes| sink.take(bytes))),
-                )
-            }
-            Writer::Idle(sink) => match ended {
-                Some(result) => return Ok((sink, result)),
-                None => Writer::Idle(sink),
-            },
-            busy => busy,
-        };
-        let room = received.iter().map(Bytes::len).sum::<usize>() < limits::RECEIVED_BYTES;
-        tokio::select! {
-            written = writer.written() => {
-                let (sink, result) = written?;
-                if let Err(error) = result {
-                    return Ok((sink, Err(error.into())));
-                }
-                writer = Writer::Idle(sink);
-            }
-            next = chunks.next(), if room && ended.is_none() => match next {
-                Ok(Some(bytes)) => received.push_back(bytes),
-                Ok(None) => ended = Some(Ok(())),
-                Err(error) => ended = Some(Err(error)),
-            },
-        }
-    }
-}
-
-/// The sink, here or on the thread that writes.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "there is one, and it does not move far"
-)]
-enum Writer<S> {
-    Idle(Sink<S>),
-    Busy(JoinHandle<(Sink<S>, Result<(), SinkError>)>),
-}
-
-impl<S: Slots> Writer<S> {
-    /// The end of the write that is under way; never, without one.
-    async fn written(&mut self) -> Result<(Sink<S>, Result<(), SinkError>), Trouble> {
-        match self {
-            Writer::Idle(_) => std::future::pending().await,
-            Writer::Busy(handle) => handle.await.map_err(stopped),
-        }
-    }
-}
-
-/// The writing thread is gone because the process is stopping. A panic goes on where its work was waited for.
-pub(super) fn stopped(error: JoinError) -> Trouble {
-    match error.try_into_panic() {
-        Ok(panic) => std::panic::resume_unwind(panic),
-        Err(error) => Trouble::transient("STOPPED", error.to_string()),
-    }
-}
-
 /// The chunks of one call.
-struct Chunks {
+struct Answer {
     messages: Messages,
     /// The rest of the chunk that came last, checked and counted.
     here: VecDeque<Bytes>,
-    /// What is still to come.
-    range: Range<u64>,
+    flow: Flow,
     connection: Connection,
     stall: Duration,
-    group_timeout: Duration,
-    /// Bytes that have come since the last whole group.
-    since_group: u64,
-    /// When the next group must have come.
-    give_up: Instant,
-    pace: Pace,
-    observe: Observer,
 }
 
-impl Chunks {
-    /// The next bytes; `None` after the last. May be dropped while it waits: nothing is lost.
+impl Chunks for Answer {
+    type Error = PullError;
+
     async fn next(&mut self) -> Result<Option<Bytes>, PullError> {
         if let Some(bytes) = self.here.pop_front() {
             return Ok(Some(bytes));
         }
-        if self.range.is_empty() {
+        if self.flow.left() == 0 {
             // Only for the server's books; what it may still say changes nothing.
             let _ = timeout(limits::TRAILERS_TIMEOUT, self.messages.next()).await;
             return Ok(None);
         }
-        self.pace.wait().await;
+        self.flow.wait().await;
         let next = self.messages.next();
-        let chunk = watched(&self.connection, self.stall, self.give_up, next)
+        let chunk = watched(&self.connection, self.stall, self.flow.give_up(), next)
             .await??
             .ok_or_else(|| PullError::wrong("the stream ended early"))?;
         let length = chunk.len();
-        if chunk.offset != self.range.start || length > self.range.end - self.range.start {
+        if chunk.offset != self.flow.offset() || length > self.flow.left() {
             return Err(PullError::wrong("it sent other bytes than were asked for"));
         }
-        if chunk.is_last && length < self.range.end - self.range.start {
+        if chunk.is_last && length < self.flow.left() {
             return Err(PullError::wrong(
                 "the file is shorter than its manifest says",
             ));
@@ -324,22 +218,9 @@ impl Chunks {
             // Else a server could keep the call alive without sending anything.
             return Err(PullError::wrong("it sent an empty chunk"));
         }
-        self.range.start += length;
-        (self.observe)(AgentEvent::Bytes(length));
-        self.arrived(length);
+        self.flow.arrived(length);
         self.here = chunk.content;
         Ok(self.here.pop_front())
-    }
-
-    /// Sets when the next group must have come: a server that trickles single bytes does not keep a call alive.
-    fn arrived(&mut self, bytes: u64) {
-        self.since_group += bytes;
-        let paced = self.pace.received(bytes);
-        self.give_up += paced;
-        if self.since_group >= GROUP_BYTES {
-            self.since_group = 0;
-            self.give_up = Instant::now() + paced + self.group_timeout;
-        }
     }
 }
 

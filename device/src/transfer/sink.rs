@@ -8,10 +8,11 @@ use thiserror::Error;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::pull::stopped;
+use super::drain::stopped;
 use crate::{
     agent::{AgentEvent, Observer},
     limits,
+    mirrors::MirrorHost,
     slots::{SlotError, SlotHandle, Slots},
     store::Store,
     update::{
@@ -69,6 +70,8 @@ pub(super) struct Sink<S> {
     index: u64,
     /// Bytes of that group so far, where it did not come in one piece.
     partial: Vec<u8>,
+    /// The mirror that they came from; `None`: a node or a bundle.
+    source: Option<MirrorHost>,
     unsynced_bytes: u64,
     synced_at: Instant,
     stop: CancellationToken,
@@ -91,6 +94,7 @@ impl<S: Slots> Sink<S> {
             missing,
             index: 0,
             partial: Vec::new(),
+            source: None,
             unsynced_bytes: 0,
             synced_at: Instant::now(),
             stop,
@@ -129,12 +133,14 @@ impl<S: Slots> Sink<S> {
         })
     }
 
-    /// The next group is the one that begins at `offset`. Gives how many bytes of it are here already: a link that breaks
-    /// more often than a group takes still comes to its end.
-    pub(super) fn begin(&mut self, offset: u64) -> u64 {
+    /// The next group is the one that begins at `offset`, from this source. Gives how many bytes of it are here already: a link
+    /// that breaks more often than a group takes still comes to its end. What another source began is not gone on with: a
+    /// group that does not match is the fault of one.
+    pub(super) fn begin(&mut self, offset: u64, source: Option<&MirrorHost>) -> u64 {
         let index = offset / GROUP_BYTES;
-        if index != self.index {
+        if index != self.index || self.source.as_ref() != source {
             self.index = index;
+            self.source = source.cloned();
             self.partial.clear();
         }
         self.partial.len() as u64

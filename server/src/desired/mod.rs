@@ -208,8 +208,8 @@ fn unknown() -> Desired {
     }
 }
 
-/// The message that tells a device what to do. `nonce` is random for each notice sent.
-pub fn notice(desired: &Desired, nonce: String) -> v1::FileNotice {
+/// The message that tells a device what to do. `nonce` is random for each notice sent; `mirrors` have the release's file.
+pub fn notice(desired: &Desired, nonce: String, mirrors: Vec<v1::Mirror>) -> v1::FileNotice {
     let release = desired.release.as_deref();
     v1::FileNotice {
         file_name: release
@@ -232,6 +232,6 @@ pub fn notice(desired: &Desired, nonce: String) -> v1::FileNotice {
         attempt: desired.attempt,
         not_before_at_ms: 0,
         spread_ms: 0,
-        mirrors: Vec::new(),
+        mirrors,
     }
 }

@@ -34,6 +34,10 @@ pub struct Files {
     pub cache_dir: Option<PathBuf>,
     /// Bytes of images that are kept in it; 1 MiB .. 1 PiB.
     pub cache_bytes: Option<u64>,
+    /// Devices are told URLs of the S3 server that are good for a while, signed with the secret key.
+    pub presign: bool,
+    /// `https://<host>/<path>` under which a CDN has the files as they are in the store; told to devices.
+    pub mirror_url: Option<String>,
 }
 
 impl Default for Files {
@@ -49,6 +53,8 @@ impl Default for Files {
             allow_http: false,
             cache_dir: None,
             cache_bytes: None,
+            presign: false,
+            mirror_url: None,
         }
     }
 }
@@ -125,6 +131,9 @@ impl Files {
         if let Some(allow) = flag("FWPUSH_FILES_ALLOW_HTTP", "files.allow_http")? {
             self.allow_http = allow;
         }
+        if let Some(presign) = flag("FWPUSH_FILES_PRESIGN", "files.presign")? {
+            self.presign = presign;
+        }
         if let Some(bytes) = env("FWPUSH_FILES_CACHE_BYTES") {
             let bytes = bytes.parse();
             self.cache_bytes = Some(bytes.map_err(|_| {
@@ -138,6 +147,7 @@ impl Files {
             ("FWPUSH_FILES_ENDPOINT", &mut self.endpoint),
             ("FWPUSH_FILES_REGION", &mut self.region),
             ("FWPUSH_FILES_ACCESS_KEY_ID", &mut self.access_key_id),
+            ("FWPUSH_FILES_MIRROR_URL", &mut self.mirror_url),
         ] {
             *text = env(name).or_else(|| text.take());
         }
@@ -163,6 +173,7 @@ impl Files {
                 ("files.allow_http", self.allow_http),
                 ("files.cache_dir", self.cache_dir.is_some()),
                 ("files.cache_bytes", self.cache_bytes.is_some()),
+                ("files.presign", self.presign),
             ] {
                 if given {
                     return Err(wrong(key, "goes with an `s3:` url only"));

@@ -211,7 +211,12 @@ async fn what_runs_already_is_not_installed_again_however_often_it_is_pushed() {
 /// Mirrors at hosts that the device's configuration does not allow: not even a connection is made to them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_foreign_mirror_is_never_contacted() {
-    let mut scene = Scene::new().await;
+    // Mirrors are used, elsewhere.
+    let mut scene = Scene::with(|config| {
+        let hosts = ["updates.example", "127.0.0.1", "localhost"].map(str::to_owned);
+        table(config, "transfer").insert("mirror_hosts".into(), hosts.to_vec().into());
+    })
+    .await;
     let foreign = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     foreign.set_nonblocking(true).unwrap();
     let port = foreign.local_addr().unwrap().port();

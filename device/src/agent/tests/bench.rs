@@ -99,6 +99,10 @@ impl Bench {
         }
     }
 
+    pub fn node_ca_pem(&self) -> &str {
+        &self.node_ca
+    }
+
     pub fn root_envelope(&self, root: &Root, signers: &[&SigningKey]) -> Vec<u8> {
         let mut envelope = root.to_envelope().unwrap();
         signers.iter().for_each(|key| envelope.sign(key).unwrap());

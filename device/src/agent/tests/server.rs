@@ -65,6 +65,8 @@ pub struct Books {
     pub silent: bool,
     pub generation: u64,
     pub trust: Option<v1::TrustUpdate>,
+    /// Answers devices that ask for mirrors; none: does not know the message.
+    pub mirrors: Option<Vec<v1::Mirror>>,
     pub refuse: Option<Status>,
     pub first_words: Vec<ToDevice>,
 }
@@ -172,6 +174,14 @@ impl Server {
             FromDevice::FileAck(ack) => ack.seq,
             FromDevice::Report(report) => report.seq,
             FromDevice::TrustState(_) | FromDevice::Pong(_) => return Vec::new(),
+            FromDevice::MirrorRequest(request) => {
+                let mirrors = books.mirrors.clone().map(|mirrors| v1::Mirrors {
+                    generation: request.generation,
+                    file_id: request.file_id.clone(),
+                    mirrors,
+                });
+                return mirrors.map(ToDevice::Mirrors).into_iter().collect();
+            }
         };
         if books.silent {
             return Vec::new();
