@@ -2,12 +2,13 @@
 
 use std::{fs, path::PathBuf};
 
-use fwpush_keys::{FileId, GROUP_BYTES, Outline, Timestamp};
+use fwpush_keys::{Ca, FileId, GROUP_BYTES, Identity, Outline, Role, Timestamp, new_key_and_csr};
 use fwpush_proto::v1::{
     Action, DeviceFacts, FailedMirror, FileNotice, MirrorRequest, Mirrors, Part, ReconnectRequest,
     RegisterRequest, SessionKind, UpdateError, client_message::Kind as FromDevice,
     server_message::Kind as ToDevice,
 };
+use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, S3, S3Options, SECRET_KEY};
 use fwpush_tests::{
     agent::{Device, SLOT_BYTES, filler, table},
     client::{Stream, facts},
@@ -78,18 +79,22 @@ impl Mirrored {
         format!("/fw/{}/{id}", &id[..2])
     }
 
-    /// Bytes that the node has sent of images and outlines.
     fn sent_by_node(&self) -> u64 {
-        let metrics = self.site.metrics_text();
-        let line = metrics
-            .lines()
-            .find_map(|line| line.strip_prefix("fwpush_download_bytes_total "));
-        line.map_or(0, |value| value.parse::<f64>().unwrap() as u64)
+        sent_by(&self.site)
     }
 
     fn outline_bytes(&self) -> u64 {
         Outline::encoded_len(self.image.len() as u64)
     }
+}
+
+/// Bytes that the node has sent of images and outlines.
+fn sent_by(site: &Site) -> u64 {
+    let metrics = site.metrics_text();
+    let line = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("fwpush_download_bytes_total "));
+    line.map_or(0, |value| value.parse::<f64>().unwrap() as u64)
 }
 
 /// Waits for the update's good end, and looks at what is in the slots.
@@ -527,4 +532,60 @@ async fn the_server_answers_for_what_the_device_should_run_and_for_nothing_else(
             _ => {}
         }
     }
+}
+
+// ---- A bucket as a mirror ----
+
+/// URLs that the node signs for its own bucket: the device fetches from there, and neither side lets the signature out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_comes_from_the_bucket_by_a_url_that_the_node_signed() {
+    let (domain, now) = ("test".parse().unwrap(), Timestamp::now());
+    let authority = Ca::generate(Role::Node, &domain, now, 1).unwrap();
+    let (key, csr) = new_key_and_csr().unwrap();
+    let identity = Identity::new(domain, Role::Node, "s3").unwrap();
+    let names = ["localhost".parse().unwrap()];
+    let certificate = authority
+        .issue_for_csr(&csr, &identity, &names, now, 1)
+        .unwrap();
+    let tls = Some((certificate, key.to_string()));
+    let bucket = S3::start(&S3Options { tls }).unwrap();
+    let host = bucket.endpoint().replace("https://", "");
+
+    let mut site = Site::new();
+    let server = site.dir().join("server");
+    fs::write(server.join("s3-ca.crt"), authority.cert_pem()).unwrap();
+    fs::write(server.join("s3.secret"), SECRET_KEY).unwrap();
+    site.edit_config(|config| {
+        let files = table(config, "files");
+        for (name, value) in [
+            ("url", format!("s3://{BUCKET}/fleet")),
+            ("endpoint", bucket.endpoint()),
+            ("access_key_id", ACCESS_KEY_ID.to_owned()),
+            ("secret_key_file", "s3.secret".to_owned()),
+            ("ca_file", "s3-ca.crt".to_owned()),
+        ] {
+            files.insert(name.into(), value.into());
+        }
+        files.insert("presign".into(), true.into());
+    });
+    site.start();
+    let mut device = Device::add(&site, "dev-1", SLOT_BYTES);
+    fs::write(device.dir().join("mirror-ca.crt"), authority.cert_pem()).unwrap();
+    device.configure(|config| {
+        let transfer = table(config, "transfer");
+        transfer.insert("mirror_hosts".into(), vec![host.clone()].into());
+        transfer.insert("mirror_ca_file".into(), "mirror-ca.crt".into());
+    });
+    device.start();
+    let image = filler("an image", IMAGE_BYTES);
+    let path = site.temp().join("image");
+    fs::write(&path, &image).unwrap();
+    site.release_with(&path, "1.1.0", &["--detach"]).ok();
+    expect_installed(&mut device, &image);
+    assert_eq!(sent_by(&site), Outline::encoded_len(image.len() as u64));
+    let log = device.kill();
+    let from = |line: &String| line.contains("transfer.source") && line.contains(&host);
+    assert!(log.iter().any(from), "{log:#?}");
+    let lines = [log, site.server().lines()].concat();
+    assert!(lines.iter().all(|line| !line.contains("X-Amz-")));
 }
