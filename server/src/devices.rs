@@ -7,7 +7,7 @@ use fwpush_keys::{
     pki::{Ca, PkiError},
     tls,
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{
     access::Access,
@@ -168,7 +168,7 @@ impl Devices {
     }
 
     /// Commits the block first, then ends what is live: a device that comes back in between finds itself blocked. When this
-    /// returns, nothing of the device is served any more.
+    /// returns, this node serves nothing of the device any more, and others have been told.
     pub async fn block(
         &self,
         device: &DeviceId,
@@ -242,6 +242,11 @@ impl Devices {
 
     fn announce(&self, device: &DeviceId) {
         self.inner.route.announce(Change::Device(device.clone()));
+    }
+
+    /// While this is held, nobody is blocked or unblocked on this node.
+    pub(crate) async fn in_order(&self) -> MutexGuard<'_, ()> {
+        self.inner.blocking.lock().await
     }
 
     /// Refuses the devices that the database has as blocked, whichever node blocked them, and no others.

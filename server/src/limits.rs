@@ -476,6 +476,10 @@ pub const LISTENERS_LIFE: Duration = Duration::from_secs(5);
 pub const PEER_CONNECT: Duration = Duration::from_secs(3);
 pub const PEER_ANSWER: Duration = Duration::from_secs(3);
 
+/// Pings under way at once to devices on other nodes; more wait. Half of what a connection between two nodes takes, so that texts are
+/// never behind devices that do not answer.
+pub const PINGS: usize = 8;
+
 /// A device answers a ping within this, over the slowest link in use.
 pub const PING_ANSWER: Duration = Duration::from_secs(10);
 

@@ -4,7 +4,7 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use fwpush_keys::id::DeviceId;
+use fwpush_keys::id::{DeviceId, NodeId};
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -27,6 +27,7 @@ pub(crate) struct Reconcile {
     pub devices: Devices,
     pub trust: TrustDocs,
     pub tasks: Arc<TaskTracker>,
+    pub node: NodeId,
 }
 
 /// Why a comparison ended early; the next one does the rest.
@@ -49,22 +50,24 @@ impl Reconcile {
     ) {
         let mut pause = next_pause();
         loop {
-            let change = tokio::select! {
+            let first = tokio::select! {
                 () = stop.cancelled() => return,
                 Some(change) = news.recv() => change,
                 () = tokio::time::sleep(pause) => Change::Everything,
             };
-            if change == Change::Everything {
-                pause = next_pause();
-            }
-            match self.look(&change).await {
-                Ok(()) => {}
-                Err(Failed::Db(DbError::Closed)) => return,
-                Err(error) => {
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "What other nodes changed is looked at later."
-                    );
+            for change in all_of(first, &mut news) {
+                if change == Change::Everything {
+                    pause = next_pause();
+                }
+                match self.look(&change).await {
+                    Ok(()) => {}
+                    Err(Failed::Db(DbError::Closed)) => return,
+                    Err(error) => {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "What other nodes changed is looked at later."
+                        );
+                    }
                 }
             }
         }
@@ -74,21 +77,42 @@ impl Reconcile {
         match change {
             Change::Rollouts => self.db.nudges().committed_elsewhere(),
             Change::Device(device) => self.compare_devices(std::slice::from_ref(device)).await?,
-            Change::Trust => self.trust.reload().await?,
+            Change::Trust => self.compare_trust().await?,
             Change::Everything => {
                 self.db.nudges().committed_elsewhere();
-                self.trust.reload().await?;
-                self.devices.refuse_blocked().await?;
-                for some in self.access.connected().chunks(limits::ENROL_ROWS) {
-                    self.compare_devices(some).await?;
-                }
+                // What may not be served any more comes first, and a document that this version cannot read holds nothing else up.
+                let devices = self.compare_all_devices().await;
+                self.compare_trust().await?;
+                devices?;
             }
+        }
+        Ok(())
+    }
+
+    /// Takes in what other nodes published, and what follows from it: a node may die between the two.
+    async fn compare_trust(&self) -> Result<(), Failed> {
+        if self.trust.reload().await? {
+            for list in self.trust.revocations() {
+                self.trust
+                    .apply_revocation(&list.product, self.node.as_str())
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn compare_all_devices(&self) -> Result<(), Failed> {
+        self.devices.refuse_blocked().await?;
+        for some in self.access.connected().chunks(limits::ENROL_ROWS) {
+            self.compare_devices(some).await?;
         }
         Ok(())
     }
 
     /// Blocked and removed devices are not served any more, nor those with an older certificate; the others hear what they may.
     async fn compare_devices(&self, devices: &[DeviceId]) -> Result<(), Failed> {
+        // An operator's block on this node comes before or after, not in between.
+        let _order = self.devices.in_order().await;
         let found = self.db.standings(devices).await?;
         let known: HashSet<&DeviceId> = found.iter().map(|standing| &standing.device).collect();
         for gone in devices.iter().filter(|device| !known.contains(device)) {
@@ -123,6 +147,20 @@ impl Reconcile {
         self.tasks
             .spawn(async move { devices.end_streams(&device).await });
     }
+}
+
+/// What has come by now, each once; everything stands for all.
+fn all_of(first: Change, news: &mut mpsc::Receiver<Change>) -> Vec<Change> {
+    let mut all = vec![first];
+    while let Ok(next) = news.try_recv() {
+        if !all.contains(&next) && all.len() < limits::ANNOUNCEMENTS {
+            all.push(next);
+        }
+    }
+    if all.contains(&Change::Everything) {
+        return vec![Change::Everything];
+    }
+    all
 }
 
 fn next_pause() -> Duration {

@@ -14,7 +14,7 @@ use crate::{
     db::{Db, DbError, Published, ReleaseRow},
     files::{FileStore, StoreError},
     limits,
-    trust::{TrustDocs, product_of},
+    trust::{LoadError, TrustDocs, product_of},
 };
 
 /// Why a release is not published; the words go to the operator.
@@ -61,6 +61,8 @@ pub enum PublishError {
     /// Whether it has the files cannot be said now.
     #[error(transparent)]
     Store(StoreError),
+    #[error("take in what other nodes have published")]
+    Behind(#[source] LoadError),
     #[error("the file name is empty, longer than 255 bytes, or has a slash or control characters")]
     FileName,
 }
@@ -92,6 +94,8 @@ impl Releases {
         file_name: &str,
         operator: &str,
     ) -> Result<Arc<ReleaseRow>, PublishError> {
+        // Under the root and the lists of now, whichever node they were published at.
+        self.trust.reload().await.map_err(PublishError::Behind)?;
         let release = self.verify(envelope)?;
         if let Some(row) = self
             .db

@@ -300,6 +300,7 @@ impl Server {
                 devices: device_records,
                 trust,
                 tasks: Arc::default(),
+                node: config.node_id.clone(),
             };
             tokio::spawn(reconcile.run((news, heard), engine_stop.clone()));
         }
@@ -415,7 +416,7 @@ fn devices_app(context: Context, downloads: Downloads, health: &Health) -> Route
 
 fn operators_app(admin: Admin, health: &Health) -> Result<Router, StartError> {
     let nodes = NodeServiceServer::new(Nodes::new(admin.sessions.clone(), admin.route.clone()))
-        .max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
+        .max_decoding_message_size(limits::CLIENT_MESSAGE_BYTES);
     let admin =
         AdminServiceServer::new(admin).max_decoding_message_size(limits::OPERATOR_MESSAGE_BYTES);
     let health = health.service();

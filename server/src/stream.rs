@@ -331,8 +331,8 @@ impl Stream<'_> {
         }
         let minutes = limits::TAKEOVER_WINDOW.as_secs() / 60;
         let words = format!(
-            "{} streams within {minutes} minutes took the place of a live one that they did not know of: another device has the same key; \
-             block this one, and give each a certificate of its own",
+            "{} streams within {minutes} minutes took the place of a live one that they did not know of: another device has the same key \
+             (block this one, and give each a certificate of its own), or it restarts again and again",
             self.session.takeovers
         );
         tracing::warn!("An identity is used by more than one device.");

@@ -225,18 +225,18 @@ impl TrustDocs {
         self.inner.db.set_revoked(product, &revoked, actor).await
     }
 
-    /// Takes in what other nodes have published. What a device may have of it is handed on.
-    pub async fn reload(&self) -> Result<(), LoadError> {
+    /// Takes in what other nodes have published. What a device may have of it is handed on. False: there was nothing new.
+    pub async fn reload(&self) -> Result<bool, LoadError> {
         let mut seen = self.inner.publishing.lock().await;
         self.catch_up(&mut seen).await
     }
 
     /// `seen` is how many documents there were at the last look.
-    async fn catch_up(&self, seen: &mut u64) -> Result<(), LoadError> {
+    async fn catch_up(&self, seen: &mut u64) -> Result<bool, LoadError> {
         let db = &self.inner.db;
         let count = db.count_trust_documents().await?;
         if count == *seen {
-            return Ok(());
+            return Ok(false);
         }
         let mut documents = self.documents().clone();
         let newest = documents.head.version;
@@ -255,7 +255,7 @@ impl TrustDocs {
         }
         *seen = count;
         self.hand_out(documents);
-        Ok(())
+        Ok(true)
     }
 
     fn hand_out(&self, documents: Documents) {

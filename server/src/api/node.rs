@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use fwpush_keys::id::DeviceId;
 use fwpush_proto::v1::{
-    PushOutcome, PushRequest, PushResponse, node_service_server::NodeService,
+    PushOutcome, PushRequest, PushResponse, ServerMessage, node_service_server::NodeService,
     server_message::Kind as ToDevice,
 };
 use tonic::{Request, Response, Status};
 
-use crate::{api::authorize, route::Route, session::Sessions};
+use crate::{api::authorize, limits, route::Route, session::Sessions};
 
 /// Delivers to the sessions of this node.
 #[derive(Clone, Debug)]
@@ -39,6 +39,7 @@ impl NodeService for Nodes {
         let message = request
             .message
             .ok_or_else(|| Status::invalid_argument("no message"))?;
+        check_kind(&message)?;
         let mut answered_us = 0;
         let outcome = if matches!(message.kind, Some(ToDevice::Ping(_))) {
             let pushed = self.route.ping_here(&device, request.epoch).await;
@@ -60,6 +61,23 @@ impl NodeService for Nodes {
             outcome: outcome.into(),
             answered_us,
         }))
+    }
+}
+
+/// What a device should run, and what of its reports is committed, it hears from the node that holds its stream and from no other.
+fn check_kind(message: &ServerMessage) -> Result<(), Status> {
+    match &message.kind {
+        Some(ToDevice::Ping(_)) => Ok(()),
+        Some(ToDevice::Text(text)) if text.text.len() <= limits::MESSAGE_TEXT_BYTES => Ok(()),
+        Some(ToDevice::Text(_)) => {
+            let most = limits::MESSAGE_TEXT_BYTES;
+            Err(Status::invalid_argument(format!(
+                "a text has at most {most} bytes"
+            )))
+        }
+        _ => Err(Status::invalid_argument(
+            "nodes pass on texts and pings, nothing else",
+        )),
     }
 }
 

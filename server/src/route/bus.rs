@@ -165,7 +165,7 @@ async fn read(
         read_up_to.push(last_of(&mut connection, key).await?);
     }
     // After that: what is said from now on is read, what was said before is found by comparing.
-    if news.send(Change::Everything).await.is_err() {
+    if !hand_on(news, Change::Everything) {
         return Ok(());
     }
     loop {
@@ -210,14 +210,27 @@ async fn read(
                     _ => Some(Change::Everything),
                 };
                 let Some(change) = change else { continue };
-                if news.send(change).await.is_err() {
+                if !hand_on(news, change) {
                     return Ok(());
                 }
             }
-            if rollouts && news.send(Change::Rollouts).await.is_err() {
+            if rollouts && !hand_on(news, Change::Rollouts) {
                 return Ok(());
             }
         }
+    }
+}
+
+/// False: nobody listens any more. A queue that is full is that of a node whose database is slow: it compares everything soon, and
+/// the inbox must not wait for that.
+fn hand_on(news: &mpsc::Sender<Change>, change: Change) -> bool {
+    match news.try_send(change) {
+        Err(mpsc::error::TrySendError::Closed(_)) => false,
+        Err(mpsc::error::TrySendError::Full(_)) => {
+            tracing::debug!("News of another node found no place: it is found by comparing.");
+            true
+        }
+        Ok(()) => true,
     }
 }
 

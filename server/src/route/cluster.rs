@@ -1,10 +1,13 @@
 //! This node among others: its lease, its sessions in the registry, and who else is there.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use fwpush_keys::id::NodeId;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::{
+    sync::{Notify, mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -15,7 +18,7 @@ use super::{
 };
 use crate::{
     limits,
-    session::{Ended, Sessions},
+    session::{Ended, Live, Sessions},
 };
 
 /// What the tasks and calls of a cluster's node work with.
@@ -43,17 +46,18 @@ pub(super) async fn live(
 ) {
     let mut beats = Beats::default();
     loop {
-        let wait = match beat(&cluster, &sessions, &mut beats, &again).await {
-            Ok(()) => limits::NODE_BEAT,
-            // Found out in the middle of a beat: looked at once more at once.
-            Err(Away) if cluster.redis.is_up() => continue,
-            Err(Away) => limits::REDIS_RETRY,
-        };
-        tokio::select! {
-            () = stop.cancelled() => break,
-            () = cluster.redis.lost() => {}
-            () = cluster.beat_now.notified() => {}
-            () = tokio::time::sleep(wait) => {}
+        match beat(&cluster, &sessions, &mut beats, &again).await {
+            Ok(()) => tokio::select! {
+                () = stop.cancelled() => break,
+                () = cluster.redis.lost() => {}
+                () = cluster.beat_now.notified() => {}
+                () = tokio::time::sleep(limits::NODE_BEAT) => {}
+            },
+            // Also where it takes connections and then refuses to write: nothing but time helps.
+            Err(Away) => tokio::select! {
+                () = stop.cancelled() => break,
+                () = tokio::time::sleep(limits::REDIS_RETRY) => {}
+            },
         }
     }
     // Else the lease runs out by itself.
@@ -119,6 +123,8 @@ impl Cluster {
 
 /// Keeps this node's sessions in the registry until `stop`: touches those that are due, enters all of them anew after `again`, and
 /// notes those that have ended.
+///
+/// One task does all of it, so that the end of a session is never overtaken by a touch from before.
 pub(super) async fn keep_sessions(
     cluster: Arc<Cluster>,
     sessions: Sessions,
@@ -126,64 +132,78 @@ pub(super) async fn keep_sessions(
     mut again: watch::Receiver<u64>,
     stop: CancellationToken,
 ) {
-    let mut round = tokio::time::interval(limits::REDIS_RETRY);
-    round.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut next_touch = Instant::now();
+    // Ends that could not be told yet.
     let mut ended = Vec::new();
     loop {
+        let room = limits::TOUCH_BATCH.min(limits::SESSION_ENDS.saturating_sub(ended.len()));
         tokio::select! {
             () = stop.cancelled() => break,
-            _ = ends.recv_many(&mut ended, limits::TOUCH_BATCH) => {
-                leave(&cluster, &sessions, &ended).await;
-                ended.clear();
-            }
+            _ = ends.recv_many(&mut ended, room), if room > 0 => {}
             Ok(()) = again.changed() => sessions.untouch(None),
-            _ = round.tick() => touch(&cluster, &sessions).await,
+            () = tokio::time::sleep_until(next_touch) => {
+                next_touch = Instant::now() + touch(&cluster, &sessions).await;
+            }
         }
+        leave(&cluster, &sessions, &mut ended).await;
     }
     while let Ok(end) = ends.try_recv() {
         ended.push(end);
     }
-    for some in ended.chunks(limits::TOUCH_BATCH) {
-        leave(&cluster, &sessions, some).await;
-    }
+    leave(&cluster, &sessions, &mut ended).await;
 }
 
-/// Takes sessions out of the registry; devices that are nowhere else by now are offline.
-async fn leave(cluster: &Cluster, sessions: &Sessions, ended: &[Ended]) {
-    // Away: they run out there by themselves, and whoever believes in one is told that it is not here.
-    let newest = registry::leave(&cluster.redis, ended).await.ok();
-    for (place, end) in ended.iter().enumerate() {
-        if newest.as_ref().is_none_or(|newest| newest[place]) {
-            sessions.announce_offline(&end.device, &end.product);
-        }
-    }
-}
-
-/// Touches one batch, then waits as long as a batch may take by [`limits::TOUCHES_PER_SECOND`].
-pub(super) async fn touch(cluster: &Cluster, sessions: &Sessions) {
-    loop {
-        let due = sessions.take_untouched(limits::SESSION_TOUCH, limits::TOUCH_BATCH);
-        if due.is_empty() {
+/// Takes sessions out of the registry; devices that are nowhere else by now are offline. What cannot be told now stays in `ended`.
+async fn leave(cluster: &Cluster, sessions: &Sessions, ended: &mut Vec<Ended>) {
+    while !ended.is_empty() && cluster.redis.is_up() {
+        let some = ended.len().min(limits::TOUCH_BATCH);
+        let Ok(newest) = registry::leave(&cluster.redis, &ended[..some]).await else {
             return;
-        }
-        match registry::hold(&cluster.redis, &cluster.me, &due).await {
-            Err(Away) => {
-                sessions.untouch(Some(&due));
-                return;
-            }
-            Ok(held) => {
-                for live in due.iter().filter(|live| held.newer.contains(&live.device)) {
-                    sessions.replace(&live.device, live.epoch + 1);
-                }
-                if held.restored > 0 {
-                    tracing::info!(
-                        sessions = held.restored,
-                        "Sessions were entered into the registry anew."
-                    );
-                }
+        };
+        for (end, newest) in ended.drain(..some).zip(newest) {
+            if newest {
+                sessions.announce_offline(&end.device, &end.product);
             }
         }
-        let share = due.len() as f64 / f64::from(limits::TOUCHES_PER_SECOND);
-        tokio::time::sleep(std::time::Duration::from_secs_f64(share)).await;
     }
+}
+
+/// Touches one batch; gives how long to wait before the next, by [`limits::TOUCHES_PER_SECOND`].
+pub(super) async fn touch(cluster: &Cluster, sessions: &Sessions) -> Duration {
+    let due = sessions.take_untouched(limits::SESSION_TOUCH, limits::TOUCH_BATCH);
+    if due.is_empty() {
+        return limits::REDIS_RETRY;
+    }
+    if hold(cluster, sessions, &due).await.is_err() {
+        sessions.untouch(Some(&due));
+        return limits::REDIS_RETRY;
+    }
+    Duration::from_secs_f64(due.len() as f64 / f64::from(limits::TOUCHES_PER_SECOND))
+}
+
+/// Enters sessions of this node. One that a newer session on a living node has overtaken ends; one that only a dead node's stands
+/// against takes its place.
+async fn hold(cluster: &Cluster, sessions: &Sessions, due: &[Live]) -> Result<(), Away> {
+    let (redis, me) = (&cluster.redis, &cluster.me);
+    let held = registry::hold(redis, me, due, "").await?;
+    if held.restored > 0 {
+        tracing::info!(
+            sessions = held.restored,
+            "Sessions were entered into the registry anew."
+        );
+    }
+    let mut by_node: HashMap<(String, String), Vec<Live>> = HashMap::new();
+    for (live, node, incarnation) in held.newer {
+        by_node.entry((node, incarnation)).or_default().push(live);
+    }
+    for ((node, incarnation), overtaken) in by_node {
+        if registry::lives(redis, &node, &incarnation).await? {
+            for live in overtaken {
+                sessions.replace(&live.device, live.epoch + 1);
+            }
+        } else {
+            registry::hold(redis, me, &overtaken, &incarnation).await?;
+        }
+    }
+    Ok(())
 }

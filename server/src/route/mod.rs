@@ -27,7 +27,7 @@ use fwpush_proto::v1::{
     Ping, PushOutcome, PushRequest, ServerMessage, server_message::Kind as ToDevice,
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Semaphore, mpsc, watch},
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -56,6 +56,7 @@ pub struct Route {
     /// None: this server is alone.
     cluster: Option<Arc<Cluster>>,
     tasks: TaskTracker,
+    pings: Arc<Semaphore>,
 }
 
 /// What came of a message for a device.
@@ -117,6 +118,7 @@ impl Route {
             sessions,
             cluster: None,
             tasks,
+            pings: Arc::new(Semaphore::new(limits::PINGS)),
         }
     }
 
@@ -183,6 +185,7 @@ impl Route {
             sessions,
             cluster: Some(cluster),
             tasks,
+            pings: Arc::new(Semaphore::new(limits::PINGS)),
         }
     }
 
@@ -293,6 +296,7 @@ impl Route {
             kind: Some(ToDevice::Ping(Ping { nonce: 0 })),
         };
         let patience = limits::PING_ANSWER + limits::PEER_ANSWER;
+        let _place = self.pings.acquire().await;
         self.push_elsewhere(device, ping, patience).await
     }
 
@@ -352,7 +356,7 @@ impl Route {
         Ok(last)
     }
 
-    /// Redis is away: every node that was last seen there is asked in turn.
+    /// Redis is away: every node that was last seen there is asked.
     async fn push_anywhere(
         &self,
         cluster: &Cluster,
@@ -360,20 +364,19 @@ impl Route {
         message: ServerMessage,
         patience: Duration,
     ) -> Result<Pushed, PushError> {
-        for (node, address) in cluster.others.load().iter() {
-            let request = PushRequest {
-                client_id: device.to_string(),
-                message: Some(message.clone()),
-                epoch: 0,
-            };
-            let called = call(cluster, node, address, request, patience).await;
-            if let Ok(pushed) = called.as_ref()
-                && pushed.outcome != PushOutcome::NotHere
-            {
-                return called;
-            }
-        }
-        Err(PushError::Away)
+        let request = PushRequest {
+            client_id: device.to_string(),
+            message: Some(message),
+            epoch: 0,
+        };
+        let others = cluster.others.load_full();
+        let calls = others
+            .iter()
+            .map(|(node, address)| call(cluster, node, address, request.clone(), patience));
+        let answers = futures::future::join_all(calls).await;
+        let here = |pushed: &Pushed| pushed.outcome != PushOutcome::NotHere;
+        let mut found = answers.into_iter().flatten().filter(here);
+        found.next().ok_or(PushError::Away)
     }
 
     /// The nodes that are there or were within a day, by name; None: this server is alone.

@@ -45,7 +45,11 @@ pub(super) async fn tell(
             () = stop.cancelled() => return,
             Some(presence) = happened.recv() => presence,
         };
-        if let Err(error) = pass_on(&cluster, &db, &sessions, &mut listeners, &presence).await {
+        let passed = tokio::select! {
+            () = stop.cancelled() => return,
+            passed = pass_on(&cluster, &db, &sessions, &mut listeners, &presence) => passed,
+        };
+        if let Err(error) = passed {
             tracing::debug!(%error, "A presence event was not passed on to other nodes.");
         }
     }
@@ -80,6 +84,9 @@ async fn pass_on(
         .collect();
     for some in wanted.chunks(limits::TOUCH_BATCH) {
         let holders = registry::holders(&cluster.redis, some).await?;
+        if holders.is_empty() {
+            continue;
+        }
         let mut all = redis::pipe();
         for (listener, holder) in holders {
             let inbox = bus::inbox(holder.node.as_str(), &holder.incarnation);
@@ -106,7 +113,7 @@ pub(super) fn hear(sessions: &Sessions, entry: &StreamId) {
     };
     let event = NotifyEvent {
         r#type: field("event").parse().unwrap_or_default(),
-        details: field("details"),
+        details: crate::wire::cut(&field("details")),
         client_id: field("of"),
     };
     let message = ServerMessage {

@@ -4,14 +4,14 @@
 //! task tries to get it back.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwapOption;
 use redis::{
-    AsyncConnectionConfig, Cmd, FromRedisValue, Pipeline, RedisError, Script,
-    aio::MultiplexedConnection,
+    AsyncConnectionConfig, Cmd, ErrorKind, FromRedisValue, Pipeline, RedisError, Script,
+    ServerErrorKind, aio::MultiplexedConnection,
 };
 use tokio::sync::Notify;
 
@@ -37,13 +37,26 @@ pub(super) enum ConnectError {
     TooOld(String),
 }
 
-/// The scripts. Each but the beat's touches one key.
+/// The scripts. Those of sessions touch one key each.
 #[derive(Debug)]
 pub(super) struct Scripts {
     pub claim: Script,
     pub hold: Script,
     pub leave: Script,
     pub beat: Script,
+    pub resign: Script,
+}
+
+impl Scripts {
+    fn all(&self) -> [&Script; 5] {
+        [
+            &self.claim,
+            &self.hold,
+            &self.leave,
+            &self.beat,
+            &self.resign,
+        ]
+    }
 }
 
 /// The server and the connection that everything but blocking reads shares.
@@ -64,6 +77,7 @@ impl Redis {
             hold: Script::new(include_str!("lua/hold.lua")),
             leave: Script::new(include_str!("lua/leave.lua")),
             beat: Script::new(include_str!("lua/beat.lua")),
+            resign: Script::new(include_str!("lua/resign.lua")),
         };
         Self {
             place,
@@ -94,12 +108,7 @@ impl Redis {
             .query_async(&mut connection)
             .await?;
         check_version(&info)?;
-        for script in [
-            &self.scripts.claim,
-            &self.scripts.hold,
-            &self.scripts.leave,
-            &self.scripts.beat,
-        ] {
+        for script in self.scripts.all() {
             script.load_async(&mut connection).await?;
         }
         Ok(connection)
@@ -143,26 +152,38 @@ impl Redis {
     }
 
     pub(super) async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, Away> {
-        let mut connection = self.connection()?;
-        let answer = command.query_async(&mut connection).await;
-        answer.map_err(|error| self.give_up(&error))
+        let current = self.connection()?;
+        let answer = command.query_async(&mut current.as_ref().clone()).await;
+        answer.map_err(|error| self.failed(&current, &error))
     }
 
+    /// Asks several things at once, at least one.
     pub(super) async fn ask_all<T: FromRedisValue>(&self, commands: &Pipeline) -> Result<T, Away> {
-        let mut connection = self.connection()?;
-        let answer = commands.query_async(&mut connection).await;
-        answer.map_err(|error| self.give_up(&error))
+        let current = self.connection()?;
+        let answer = commands.query_async(&mut current.as_ref().clone()).await;
+        answer.map_err(|error| self.failed(&current, &error))
     }
 
-    fn connection(&self) -> Result<MultiplexedConnection, Away> {
-        let current = self.connection.load();
-        current.as_deref().cloned().ok_or(Away)
+    fn connection(&self) -> Result<Arc<MultiplexedConnection>, Away> {
+        self.connection.load_full().ok_or(Away)
     }
 
-    /// Whatever went wrong, a new connection is the way out: a server that lost its scripts, became a replica or still loads its
-    /// data is asked anew like one that went silent.
-    fn give_up(&self, error: &RedisError) -> Away {
-        if self.connection.swap(None).is_some() {
+    /// Gives the connection up, unless another has taken its place already: a server that lost its scripts, became a replica, refuses
+    /// to write or still loads its data is asked anew like one that went silent. What is wrong with a single key is that key's matter.
+    fn failed(&self, used: &Arc<MultiplexedConnection>, error: &RedisError) -> Away {
+        let of_one_key = matches!(
+            error.kind(),
+            ErrorKind::UnexpectedReturnType | ErrorKind::Server(ServerErrorKind::ResponseError)
+        );
+        if of_one_key {
+            tracing::warn!(%error, "Redis holds something that is not this version's.");
+            return Away;
+        }
+        let before = self.connection.compare_and_swap(used, None);
+        if before
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, used))
+        {
             *self.problem() = Some(error.to_string());
             self.lost.notify_one();
         }

@@ -71,8 +71,8 @@ pub(super) struct Claimed {
 pub(super) struct Held {
     /// Put back: the registry had lost them.
     pub restored: u64,
-    /// Left alone: a newer session has the device.
-    pub newer: Vec<DeviceId>,
+    /// Left alone: a newer session that has not left has the device, on this node and incarnation.
+    pub newer: Vec<(Live, String, String)>,
 }
 
 fn session_key(device: &DeviceId) -> String {
@@ -144,8 +144,13 @@ pub(super) async fn newest_epoch(redis: &Redis, device: &DeviceId) -> Result<u64
     Ok(epoch.unwrap_or(0))
 }
 
-/// Tells that `sessions` of this node live.
-pub(super) async fn hold(redis: &Redis, me: &Me, sessions: &[Live]) -> Result<Held, Away> {
+/// Tells that `sessions` of this node live. Those of `dead`, an incarnation that is gone, give way whatever their epoch.
+pub(super) async fn hold(
+    redis: &Redis,
+    me: &Me,
+    sessions: &[Live],
+    dead: &str,
+) -> Result<Held, Away> {
     let script = &redis.scripts.hold;
     let mut all = Pipeline::with_capacity(sessions.len());
     for live in sessions {
@@ -154,14 +159,15 @@ pub(super) async fn hold(redis: &Redis, me: &Me, sessions: &[Live]) -> Result<He
             .arg(&me.incarnation)
             .arg(&live.session_id)
             .arg(live.epoch)
-            .arg(ms(limits::SESSION_LIFE));
+            .arg(ms(limits::SESSION_LIFE))
+            .arg(dead);
         all.invoke_script(&hold);
     }
-    let answers: Vec<String> = redis.ask_all(&all).await?;
+    let answers: Vec<(String, String, String)> = redis.ask_all(&all).await?;
     let mut held = Held::default();
-    for (live, answer) in sessions.iter().zip(&answers) {
+    for (live, (answer, node, incarnation)) in sessions.iter().zip(answers) {
         match answer.as_str() {
-            "newer" => held.newer.push(live.device.clone()),
+            "newer" => held.newer.push((live.clone(), node, incarnation)),
             "restored" => held.restored += 1,
             _ => {}
         }
@@ -205,10 +211,10 @@ pub(super) async fn beat(
 
 /// Gives up this node's lease: it stops.
 pub(super) async fn resign(redis: &Redis, me: &Me) -> Result<(), Away> {
-    let mut all = Pipeline::new();
-    all.del(node_key(me.node.as_str())).ignore();
-    all.zrem(NODES, me.node.as_str()).ignore();
-    redis.ask_all(&all).await
+    let script = &redis.scripts.resign;
+    let mut resign = script.key(node_key(me.node.as_str()));
+    resign.key(NODES).arg(me.node.as_str()).arg(&me.incarnation);
+    run::<u64>(redis, &resign).await.map(drop)
 }
 
 /// The nodes that were there within [`limits::NODE_MEMORY`], by name.

@@ -268,10 +268,14 @@ async fn an_older_session_is_not_put_over_a_newer_one_and_learns_of_it() {
         two.route.cluster.clone().unwrap(),
         one.sessions.take_untouched(Duration::ZERO, 10),
     );
-    let held = registry::hold(&cluster.redis, &cluster.me, &live)
+    let held = registry::hold(&cluster.redis, &cluster.me, &live, "")
         .await
         .unwrap();
-    assert_eq!((held.newer, held.restored), (vec![id("a")], 0));
+    let (newer, node, _) = &held.newer[0];
+    assert_eq!(
+        (newer.device.as_str(), node.as_str(), held.restored),
+        ("a", "n2", 0)
+    );
     assert_eq!(entered(&redis, "a"), "n2");
     // It wakes up, and says what it has.
     one.sessions.untouch(None);
@@ -349,4 +353,120 @@ async fn a_node_that_stops_is_gone_at_once_and_its_devices_with_it() {
     one.stopped().await;
     assert_eq!(up(two.route.nodes().await.unwrap().unwrap()), ["n2"]);
     assert!(two.route.online(&[id("a")]).await.is_empty());
+}
+
+/// The connections that Redis has now, but for that of whoever asks.
+fn connections(redis: &fwpush_services::Redis) -> Vec<String> {
+    let clients = redis.cli(&["CLIENT", "LIST"]).unwrap();
+    let id = |line: &str| line.split(' ').next().unwrap_or_default().to_owned();
+    let others = clients.lines().filter(|line| !line.contains("cmd=client"));
+    let mut ids: Vec<String> = others.map(id).collect();
+    ids.sort();
+    ids
+}
+
+#[tokio::test]
+async fn presence_that_nobody_elsewhere_may_hear_costs_nothing() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    bench.add_all(&["listener", "a"]).await;
+    let all = vec!["*".to_owned()];
+    bench
+        .db
+        .set_hears(&id("listener"), all, "tester")
+        .await
+        .unwrap();
+    let one = Node::start(&bench, &redis, "n1").await;
+    let mut two = Node::start(&bench, &redis, "n2").await;
+    let before = connections(&redis);
+    for _ in 0..5 {
+        drop(one.claim("a", None).await);
+    }
+    // Behind the events in the order of their node.
+    until("the last end to be told", || async {
+        two.route.online(&[id("a")]).await.is_empty()
+    })
+    .await;
+    one.route.announce(Change::Device(id("a")));
+    two.hears(Change::Device(id("a"))).await;
+    assert_eq!(connections(&redis), before);
+}
+
+#[tokio::test]
+async fn a_redis_that_refuses_to_write_is_tried_now_and_then_and_not_all_the_time() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let node = Node::start(&bench, &redis, "n1").await;
+    let refuse = |replicas: &str| {
+        redis
+            .cli(&["CONFIG", "SET", "min-replicas-to-write", replicas])
+            .unwrap();
+    };
+    let made = || -> u64 {
+        let stats = redis.cli(&["INFO", "stats"]).unwrap();
+        let line = stats
+            .lines()
+            .find_map(|line| line.strip_prefix("total_connections_received:"));
+        line.unwrap().trim().parse().unwrap()
+    };
+    refuse("1");
+    let session = node.claim("a", None).await;
+    assert_eq!(*session.closing.borrow(), None);
+    assert!(!node.route.cluster.as_ref().unwrap().redis.is_up());
+    let before = made();
+    tokio::time::sleep(3 * limits::REDIS_RETRY).await;
+    let tries = made() - before;
+    assert!(
+        tries < 20,
+        "{tries} connections in {:?}",
+        3 * limits::REDIS_RETRY
+    );
+    refuse("0");
+    until("the session's entry", || async {
+        entered(&redis, "a") == "n1"
+    })
+    .await;
+    assert_eq!(*session.closing.borrow(), None);
+}
+
+#[tokio::test]
+async fn what_ends_while_redis_does_not_answer_is_told_when_it_does() {
+    let Some(mut redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let one = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let session = one.claim("a", None).await;
+    redis.pause().unwrap();
+    // Found out by whoever asks first.
+    let other = one.claim("b", None).await;
+    drop(session);
+    redis.unpause().unwrap();
+    until("the end to be told", || async {
+        let online = two.route.online(&[id("a"), id("b")]).await;
+        online == [id("b")].into()
+    })
+    .await;
+    drop(other);
+}
+
+#[tokio::test]
+async fn a_live_session_takes_the_place_of_a_newer_one_whose_node_is_dead() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let dead = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let _lost = dead.claim("a", None).await;
+    // Whatever clock it went by.
+    redis
+        .cli(&["HSET", "fw:s:a", "epoch", "9000000000000"])
+        .unwrap();
+    dead.stop.cancel();
+    dead.route.stopped().await;
+    let product = "gateway".parse().unwrap();
+    let session = two.sessions.claim(&id("a"), &product, None, vec![]);
+    until("the session's entry", || async {
+        entered(&redis, "a") == "n2"
+    })
+    .await;
+    assert_eq!(*session.closing.borrow(), None);
 }

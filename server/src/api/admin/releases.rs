@@ -28,7 +28,7 @@ pub async fn publish(
 /// Why a release is refused, for its engineer.
 pub fn refused(error: PublishError) -> Status {
     let code = match &error {
-        PublishError::Db(_) | PublishError::Store(_) => Code::Unavailable,
+        PublishError::Db(_) | PublishError::Store(_) | PublishError::Behind(_) => Code::Unavailable,
         PublishError::SeqTaken(_) | PublishError::VersionTaken(_) | PublishError::IdTaken(_) => {
             Code::AlreadyExists
         }
@@ -85,7 +85,9 @@ fn next(error: &PublishError) -> String {
         }
         PublishError::IdTaken(_) => "Build it again: each build gets an id of its own.".to_owned(),
         PublishError::FileName => "Rename the image file.".to_owned(),
-        PublishError::Db(_) | PublishError::Store(_) => "Repeat the command in a while.".to_owned(),
+        PublishError::Db(_) | PublishError::Store(_) | PublishError::Behind(_) => {
+            "Repeat the command in a while.".to_owned()
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 -- Makes a new session of a device the newest, whoever had it before.
 -- KEYS[1]  the device's session
--- ARGV     node, incarnation, session id, session id that the device named or '', least epoch, life in ms,
+-- ARGV     node, incarnation, session id, session id that the device named or '', epoch by the database's clock, life in ms,
 --          window of takeovers in ms, takeovers remembered at most
 -- Returns  epoch; node, incarnation, session id and epoch before; 1 if that one had left; takeovers within the window;
 --          1 if this is one of them
@@ -10,7 +10,8 @@ local held = redis.call('HMGET', KEYS[1], 'node', 'inc', 'sid', 'epoch', 'left',
 -- Numbers of 13 digits are exact in Lua and keep their digits only when formatted so.
 local function digits(number) return string.format('%.0f', number) end
 
-local epoch = math.max(tonumber(held[4] or '0') + 1, now, tonumber(ARGV[5]))
+-- By the database's clock, which all nodes follow: a session that was made while this store was away has its place in the order too.
+local epoch = math.max(tonumber(held[4] or '0') + 1, tonumber(ARGV[5]))
 local taken = {}
 for time in string.gmatch(held[6] or '', '%d+') do
   if now - tonumber(time) < tonumber(ARGV[7]) then taken[#taken + 1] = time end
