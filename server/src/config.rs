@@ -13,6 +13,7 @@ use crate::{
     db::{Options, Place, PlaceError, TlsMode},
     files::{FileStore, Files, FilesError, FilesPlace},
     limits,
+    listen::Proxies,
     mirrors::Mirrors,
     route::{self, RedisPlace},
 };
@@ -71,6 +72,10 @@ pub struct Listen {
     /// `host:port` that new devices are told to connect to; empty: this node's listening addresses.
     #[serde(default)]
     pub advertise: Vec<String>,
+    /// Addresses and networks of the fronts that pass devices on to this node. Connections to `devices` from there must begin with a
+    /// header of the PROXY protocol, version 2; those to `operators` never do.
+    #[serde(default)]
+    pub proxies: Proxies,
 }
 
 /// Certificates and the two private keys that a server has: its own, and that of the device CA.

@@ -30,6 +30,13 @@ pub const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// not noticed; without a bound one stolen key could take every place there is.
 pub const CONNECTIONS_PER_DEVICE: usize = 8;
 
+/// A header of the PROXY protocol: its specification (section 2.2) has 16 bytes and addresses of 216 at most, and this as the least
+/// that a TCP segment carries, so that 304 are left for extensions.
+pub const PROXY_HEADER_BYTES: usize = 536;
+
+/// Addresses and networks of fronts: each connection is compared with all of them, which takes a microsecond.
+pub const PROXIES: usize = 256;
+
 /// A new connection is heard for at least this long, however few places are free: one round trip on the slowest link in use.
 pub const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 

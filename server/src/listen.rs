@@ -1,17 +1,20 @@
 //! Accept loop: capacity, TLS handshake, identity, HTTP/2, drain.
 //!
 //! A silent peer holds a socket and nothing else: it takes a place among the handshakes only once its first bytes are here.
-//! Places are taken before work is done, first of its address, then of all.
+//! Places are taken before work is done, first of its address, then of all. Behind a front ([`proxy`]) its address is the one
+//! that the front tells.
+
+mod handshakes;
+mod proxy;
 
 use std::{
-    collections::HashMap,
     convert::Infallible,
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::SocketAddr,
     pin::pin,
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -30,14 +33,19 @@ use hyper_util::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
+    sync::Semaphore,
+    time::{Instant, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status};
 use tower::ServiceExt as _;
 
+pub use self::proxy::Proxies;
+use self::{
+    handshakes::{Crowded, Handshakes, Waiting},
+    proxy::{HeaderError, Sender},
+};
 use crate::{
     access::{self, Access},
     limits, metrics as m,
@@ -47,6 +55,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub peer: Arc<Peer>,
+    /// Its own address, also behind a front.
     pub address: SocketAddr,
     /// Cancelling it ends the connection with everything on it.
     pub hang_up: CancellationToken,
@@ -67,6 +76,8 @@ pub struct Listener {
     pub name: &'static str,
     /// Replaced while running: the next handshake sees the new one.
     pub tls: Arc<ArcSwap<rustls::ServerConfig>>,
+    /// Whose connections begin with a header that says whose they are. Replaced while running, as `tls`.
+    pub proxies: Arc<ArcSwap<Proxies>>,
     pub app: Router,
     pub access: Access,
     pub connections: usize,
@@ -80,8 +91,10 @@ enum Refused {
     Silent,
     #[error("the handshake took more than {} s", limits::HANDSHAKE_TIME.as_secs())]
     Slow,
-    #[error("too many connections of {0} wait for a handshake")]
-    Crowded(IpAddr),
+    #[error("{0}")]
+    Crowded(#[from] Crowded),
+    #[error("PROXY protocol: {0}")]
+    Header(#[from] HeaderError),
     #[error("TLS handshake: {0}")]
     Tls(String),
     #[error("the peer does not speak HTTP/2")]
@@ -100,6 +113,7 @@ impl Refused {
             Self::Silent => "silent",
             Self::Slow => "slow",
             Self::Crowded(_) => "crowded",
+            Self::Header(_) => "proxy",
             Self::Tls(_) => "tls",
             Self::NotHttp2 => "not_http2",
             Self::Identity(_) => "identity",
@@ -119,7 +133,7 @@ pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
             () = stop.accept.cancelled() => break,
             accepted = socket.accept() => accepted,
         };
-        let (tcp, address) = match accepted {
+        let (tcp, mut address) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(listener = listener.name, %error, "A connection could not be accepted.");
@@ -136,7 +150,7 @@ pub async fn serve(socket: TcpListener, listener: Arc<Listener>, stop: Stop) {
         let (listener, stop, handshakes) = (listener.clone(), stop.clone(), handshakes.clone());
         tasks.spawn(async move {
             let _place = place;
-            if let Err(refused) = connection(tcp, address, &listener, &handshakes, &stop, patience).await {
+            if let Err(refused) = connection(tcp, &mut address, &listener, &handshakes, &stop, patience).await {
                 metrics::counter!(m::HANDSHAKE_FAILURES, "reason" => refused.label()).increment(1);
                 tracing::info!(listener = listener.name, peer = %address, reason = %refused, "A connection was refused.");
             }
@@ -156,27 +170,21 @@ fn patience(free: usize, all: usize) -> Duration {
         .max(limits::LEAST_PATIENCE)
 }
 
-/// What one peer's bounds are counted by: its IPv4 address, or its IPv6 network of 64 bits, in which a single host can have
-/// any number of addresses.
-fn site(ip: IpAddr) -> IpAddr {
-    match ip.to_canonical() {
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
-        v4 => v4,
-    }
-}
-
+/// Serves one connection to its end. `address` is that of the socket and becomes the peer's as soon as it is known.
 async fn connection(
     tcp: TcpStream,
-    address: SocketAddr,
+    address: &mut SocketAddr,
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     stop: &Stop,
     patience: Duration,
 ) -> Result<(), Refused> {
-    let waiting = handshakes.enter(site(address.ip()))?;
-    let io = tokio::select! {
+    let opened = tokio::select! {
         () = stop.accept.cancelled() => return Err(Refused::Stopping),
-        io = handshake(tcp, listener, handshakes, waiting, patience) => io?,
+        opened = open(tcp, address, listener, handshakes, patience) => opened?,
+    };
+    let Some(io) = opened else {
+        return Ok(());
     };
     metrics::counter!(m::HANDSHAKES, "listener" => listener.name).increment(1);
     if io.get_ref().1.alpn_protocol() != Some(b"h2") {
@@ -205,7 +213,7 @@ async fn connection(
     gauge.increment(1.0);
     let caller = Caller {
         peer: Arc::new(peer),
-        address,
+        address: *address,
         hang_up,
     };
     serve_http(io, listener, caller, stop).await;
@@ -213,20 +221,47 @@ async fn connection(
     Ok(())
 }
 
+/// From the accepted socket to TLS: the front's header where there is a front, the peer's first byte, a place, the handshake.
+/// `None`: a front only looked whether this node is there, which is no refusal.
+async fn open(
+    mut tcp: TcpStream,
+    address: &mut SocketAddr,
+    listener: &Listener,
+    handshakes: &Arc<Handshakes>,
+    patience: Duration,
+) -> Result<Option<TlsStream<TcpStream>>, Refused> {
+    let _ = tcp.set_nodelay(true);
+    let until = Instant::now() + patience;
+    let is_front = listener.proxies.load().has(address.ip());
+    let mut is_probe = false;
+    if is_front {
+        // Before its header a connection counts as nobody's: it has a place among all connections, and this long.
+        let header = timeout_at(until, proxy::read_header(&mut tcp)).await;
+        match header.map_err(|_| HeaderError::Slow)?? {
+            Sender::Peer(peer) => *address = peer,
+            Sender::Front => is_probe = true,
+            Sender::Nobody => return Ok(None),
+        }
+    }
+    let waiting = handshakes.enter(address.ip())?;
+    match timeout_at(until, tcp.peek(&mut [0])).await {
+        Ok(Ok(1..)) => {}
+        Ok(_) if is_probe => return Ok(None),
+        Ok(Ok(0)) => return Err(Refused::Tls("the peer closed the connection".to_owned())),
+        Ok(Err(error)) => return Err(Refused::Tls(error.to_string())),
+        Err(_) => return Err(Refused::Silent),
+    }
+    handshake(tcp, listener, handshakes, waiting)
+        .await
+        .map(Some)
+}
+
 async fn handshake(
     tcp: TcpStream,
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     waiting: Waiting,
-    patience: Duration,
 ) -> Result<TlsStream<TcpStream>, Refused> {
-    let _ = tcp.set_nodelay(true);
-    match timeout(patience, tcp.peek(&mut [0])).await {
-        Ok(Ok(1..)) => {}
-        Ok(Ok(0)) => return Err(Refused::Tls("the peer closed the connection".to_owned())),
-        Ok(Err(error)) => return Err(Refused::Tls(error.to_string())),
-        Err(_) => return Err(Refused::Silent),
-    }
     let places = timeout(limits::HANDSHAKE_TIME, handshakes.places(&waiting)).await;
     let places = places
         .map_err(|_| Refused::Slow)?
@@ -341,88 +376,6 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
     }
 }
 
-/// Places for unfinished handshakes: some of each address, some of all.
-#[derive(Debug)]
-struct Handshakes {
-    all: Arc<Semaphore>,
-    per_address: usize,
-    addresses: Mutex<HashMap<IpAddr, Arc<Address>>>,
-}
-
-#[derive(Debug)]
-struct Address {
-    places: Arc<Semaphore>,
-    /// Connections of this address that have not finished their handshake.
-    waiting: AtomicUsize,
-}
-
-/// One unfinished connection of an address; its entry goes with the last.
-#[derive(Debug)]
-struct Waiting {
-    ip: IpAddr,
-    address: Arc<Address>,
-    handshakes: Arc<Handshakes>,
-}
-
-impl Handshakes {
-    fn new(per_address: usize) -> Self {
-        let all = Arc::new(Semaphore::new(limits::HANDSHAKES));
-        Self {
-            all,
-            per_address,
-            addresses: Mutex::default(),
-        }
-    }
-
-    fn enter(self: &Arc<Self>, ip: IpAddr) -> Result<Waiting, Refused> {
-        let mut addresses = self
-            .addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let address = addresses
-            .entry(ip)
-            .or_insert_with(|| {
-                let places = Arc::new(Semaphore::new(self.per_address));
-                Arc::new(Address {
-                    places,
-                    waiting: AtomicUsize::new(0),
-                })
-            })
-            .clone();
-        if address.waiting.load(Ordering::Relaxed) >= limits::WAITING_PER_ADDRESS {
-            return Err(Refused::Crowded(ip));
-        }
-        address.waiting.fetch_add(1, Ordering::Relaxed);
-        Ok(Waiting {
-            ip,
-            address,
-            handshakes: self.clone(),
-        })
-    }
-
-    async fn places(
-        &self,
-        waiting: &Waiting,
-    ) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
-        let own = waiting.address.places.clone().acquire_owned().await.ok()?;
-        let of_all = self.all.clone().acquire_owned().await.ok()?;
-        Some((own, of_all))
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        let mut addresses = self
-            .handshakes
-            .addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if self.address.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
-            addresses.remove(&self.ip);
-        }
-    }
-}
-
 /// Binds `address`; the error names it.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::bind(address)
@@ -433,15 +386,6 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_addresses_of_one_host_count_as_one() {
-        let site = |text: &str| site(text.parse().unwrap());
-        assert_eq!(site("2001:db8::1"), site("2001:db8::ffff:1"));
-        assert_ne!(site("2001:db8::1"), site("2001:db8:0:1::1"));
-        assert_eq!(site("::ffff:192.0.2.1"), site("192.0.2.1"));
-        assert_ne!(site("192.0.2.1"), site("192.0.2.2"));
-    }
 
     #[test]
     fn silence_is_borne_for_a_shorter_time_the_fewer_places_are_free() {

@@ -42,7 +42,7 @@ use crate::{
     garbage::{self, Garbage},
     ingest::Ingest,
     limits,
-    listen::{self, Listener, Stop},
+    listen::{self, Listener, Proxies, Stop},
     metrics,
     reconcile::Reconcile,
     releases::Releases,
@@ -100,6 +100,7 @@ pub struct Running {
     config: Config,
     addresses: Addresses,
     tls: TlsSlots,
+    proxies: Arc<ArcSwap<Proxies>>,
     tunables: Arc<ArcSwap<Tunables>>,
     sessions: Sessions,
     route: Route,
@@ -188,6 +189,7 @@ impl Server {
         )
         .await?;
         let tunables = Arc::new(ArcSwap::from_pointee(config.limits.clone()));
+        let proxies = Arc::new(ArcSwap::from_pointee(config.listen.proxies.clone()));
 
         let devices_socket = listen::bind(config.listen.devices)
             .await
@@ -252,10 +254,11 @@ impl Server {
             access.clone(),
             config.limits.downloads,
         );
-        let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, app| {
+        let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, proxies, app| {
             Arc::new(Listener {
                 name,
                 tls: tls.clone(),
+                proxies,
                 app,
                 access: access.clone(),
                 connections: config.limits.connections,
@@ -263,12 +266,12 @@ impl Server {
             })
         };
         let health = Health::default();
-        let devices = listener(
-            "devices",
-            &tls.devices,
-            devices_app(context, downloads, &health),
-        );
-        let operators = listener("operators", &tls.operators, operators_app(admin, &health)?);
+        let devices_app = devices_app(context, downloads, &health);
+        let devices = listener("devices", &tls.devices, proxies.clone(), devices_app);
+        // Nodes and operators come straight here, also from a machine that is a front for devices.
+        let direct = Arc::default();
+        let operators_app = operators_app(admin, &health)?;
+        let operators = listener("operators", &tls.operators, direct, operators_app);
         let mut listeners = JoinSet::new();
         listeners.spawn(listen::serve(devices_socket, devices, stop.clone()));
         listeners.spawn(listen::serve(operators_socket, operators, stop.clone()));
@@ -314,6 +317,7 @@ impl Server {
             config,
             addresses,
             tls,
+            proxies,
             tunables,
             sessions,
             route,
@@ -343,13 +347,15 @@ impl Running {
 
     /// Reads the configuration file and the certificates again. On an error everything stays as it was.
     ///
-    /// New handshakes see the new certificates, new streams the new `[limits]`; other changes need a restart.
+    /// New handshakes see the new certificates, new connections the new fronts, new streams the new `[limits]`; other changes
+    /// need a restart.
     pub fn reload(&mut self) -> Result<(), StartError> {
         let config = Config::load(&self.config.path)?;
         let (devices, operators) = tls_configs(&config, self.access.bar())?;
         self.tls.devices.store(Arc::new(devices));
         self.tls.operators.store(Arc::new(operators));
         self.tls.peers.store(Arc::new(peers_tls(&config)?));
+        self.proxies.store(Arc::new(config.listen.proxies.clone()));
         self.tunables.store(Arc::new(config.limits.clone()));
         let moved = config.listen.devices != self.config.listen.devices
             || config.listen.operators != self.config.listen.operators

@@ -11,6 +11,7 @@ mod demo;
 mod download;
 mod files_s3;
 mod fleet;
+mod front;
 mod hostile_server;
 mod limits;
 mod links;

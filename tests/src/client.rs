@@ -2,7 +2,7 @@
 
 use std::{error::Error as _, sync::Arc};
 
-use fwpush_device::channel::{self, ChannelSettings, ConnectError, TcpDial};
+use fwpush_device::channel::{self, ChannelSettings, ConnectError, Dial, TcpDial};
 use fwpush_keys::{TrustDomain, tls};
 use fwpush_proto::v1::{
     ClientMessage, DeviceFacts, FileChunk, FileRequest, Heartbeat, HeartbeatAck, RegisterRequest,
@@ -55,13 +55,22 @@ pub async fn connect(
     server: &str,
     tls: Arc<rustls::ClientConfig>,
 ) -> Result<Channel, ConnectError> {
+    connect_by(&TcpDial, server, tls).await
+}
+
+/// As [`connect`], by another way than plain TCP.
+pub async fn connect_by(
+    dial: &dyn Dial,
+    server: &str,
+    tls: Arc<rustls::ClientConfig>,
+) -> Result<Channel, ConnectError> {
     let settings = ChannelSettings {
         stream_window_bytes: 4 << 20,
         connection_window_bytes: 16 << 20,
         max_frame_bytes: 1 << 20,
         ..ChannelSettings::default()
     };
-    Ok(channel::connect(&settings, server, tls, &TcpDial)
+    Ok(channel::connect(&settings, server, tls, dial)
         .await?
         .channel)
 }

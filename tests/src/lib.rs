@@ -8,6 +8,7 @@ pub mod client;
 pub mod clock;
 pub mod cluster;
 pub mod disk;
+pub mod front;
 pub mod hostile;
 pub mod http2;
 pub mod mirror;

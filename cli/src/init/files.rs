@@ -28,6 +28,8 @@ operators = "0.0.0.0:{operator_port}"
 metrics = "127.0.0.1:{metrics_port}"
 # Where new devices are told to connect.
 advertise = [{advertise}]
+# Load balancers in front: their connections to `devices` must begin with a PROXY protocol v2 header. Addresses or networks.
+#proxies = ["10.0.0.5"]
 
 [pki]
 # The device authority's key signs certificates for `fwpush device add`. The other authorities' keys belong offline.
