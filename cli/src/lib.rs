@@ -23,6 +23,7 @@ pub mod image;
 pub mod init;
 pub mod keys;
 pub mod limits;
+mod node;
 pub mod output;
 pub mod progress;
 pub mod release;
@@ -167,6 +168,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Backup(args) => backup::run(&context, args).await,
         Command::Restore(args) => restore::run(&context, args).await,
         Command::Cluster(args) => cluster::run(&context, args).await,
+        Command::Node(args) => node::run(&context, args),
         Command::Db(args) => Box::pin(db::run(&context, args)).await,
     }
 }

@@ -42,7 +42,7 @@ pub use id::{
 };
 pub use identity::{Identity, IdentityError, Role};
 pub use outline::{GROUP_BYTES, GroupMismatch, Outline, OutlineBuilder, OutlineError, outline_of};
-pub use pki::{Ca, PkiError, SanName, new_key_and_csr};
+pub use pki::{Ca, PkiError, SanName, names_of, new_key_and_csr};
 pub use release::{Component, Encoding, HwRange, Release, Requires};
 pub use revocation::{Revocation, RevocationVersion, Revoked};
 pub use root::{KeyAlgorithm, ProductRule, RoleKeys, Roles, Root, RootKey};

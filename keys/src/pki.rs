@@ -3,6 +3,8 @@
 //! One authority per role (device, node, operator), P-256, each signing leaves only (path length 0). From a request only
 //! the public key is taken: what else it asks for (names, CA:TRUE, usages) is nobody's business but ours.
 
+mod renew;
+
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -22,6 +24,8 @@ use crate::id::TrustDomain;
 use crate::identity::{Identity, Role};
 use crate::limits::{CERTIFICATE_BYTES, CERTIFICATE_DAYS, PEM_BYTES, SAN_NAMES};
 use crate::time::Timestamp;
+
+pub use self::renew::names_of;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -98,6 +102,9 @@ pub enum PkiError {
         /// When the authority's certificate ends.
         authority_ends: Timestamp,
     },
+    /// A certificate to renew is not one that the authority has given a node.
+    #[error("the certificate is not a node's of this authority")]
+    NotOurs,
     /// The library that writes certificates refused.
     #[error("cannot make the certificate or key")]
     Make(#[from] rcgen::Error),
@@ -305,6 +312,17 @@ impl Ca {
             });
         }
         let public_key = request_key(csr_pem)?;
+        self.issue(&public_key, identity, names, now, days)
+    }
+
+    fn issue(
+        &self,
+        public_key: &SubjectPublicKeyInfo,
+        identity: &Identity,
+        names: &[SanName],
+        now: Timestamp,
+        days: u32,
+    ) -> Result<String, PkiError> {
         let not_after = end(now, days)?;
         if not_after > self.not_after {
             return Err(PkiError::OutlivesAuthority {
@@ -330,7 +348,7 @@ impl Ca {
             Role::Device | Role::Operator => vec![ExtendedKeyUsagePurpose::ClientAuth],
         };
         let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
-        Ok(params.signed_by(&public_key, &issuer)?.pem())
+        Ok(params.signed_by(public_key, &issuer)?.pem())
     }
 }
 

@@ -7,8 +7,10 @@ use fwpush_tests::{
     client::{Stream, connect_by, words},
     front::{Haproxy, SOURCE, Through, header, header_for, header_of_a_probe},
     http2::connect_from,
+    node::Node,
+    postgres::postgres,
     site::Site,
-    wait::LONG,
+    wait::{LONG, until},
 };
 use rustix::process::Signal;
 use tokio::{
@@ -17,9 +19,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use crate::fleet::{all_online, fleet, version};
+
 /// Addresses for documentation (RFC 5737), which no test comes from.
 const PEER: &str = "198.51.100.7:4711";
 const ANOTHER: &str = "203.0.113.9:4711";
+
+const DEVICES: usize = 40;
 
 const REFUSED: &str = "A connection was refused";
 
@@ -258,7 +264,7 @@ async fn behind_a_front_slow_handshakes_hold_up_their_own_address_and_no_other()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn devices_update_through_haproxy_and_come_back_when_it_restarts() {
     let mut site = site_behind(&[&SOURCE.to_string()]);
-    let Some(mut front) = Haproxy::before(&[&site]).await else {
+    let Some(mut front) = Haproxy::before(&[(site.devices, site.metrics)]).await else {
         return;
     };
     let mut device = Device::add(&site, "gw-1", SLOT_BYTES);
@@ -300,5 +306,77 @@ async fn devices_update_through_haproxy_and_come_back_when_it_restarts() {
         !lines.iter().any(|line| line.contains(&SOURCE.to_string())),
         "{}",
         lines.join("\n")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_haproxy_devices_are_spread_over_two_nodes_and_leave_one_that_drains() {
+    let Some(postgres) = postgres() else { return };
+    let mut site = Site::new();
+    list(&site, &[&SOURCE.to_string()]);
+    site.use_database(&postgres.url("fwpush"));
+    // A directory that both nodes share.
+    let files = format!("file:{}", site.temp().join("images").display());
+    site.edit_config(|config| {
+        let files = toml::Table::from_iter([("url".to_owned(), files.into())]);
+        config.insert("files".into(), files.into());
+    });
+    site.start();
+    let mut second = Node::add(&site, "node-2");
+    second.start();
+    let nodes = [
+        (site.devices, site.metrics),
+        (second.devices, second.metrics),
+    ];
+    let Some(front) = Haproxy::before(&nodes).await else {
+        return;
+    };
+    let fleet = fleet(&site, "sim-", DEVICES, |config| {
+        config.servers = vec![front.address.to_string()];
+    });
+    all_online(&fleet).await;
+    // leastconn: each has its half, give or take those that connected while one was not yet counted.
+    let online = |text: String| {
+        let mut values = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("fwpush_devices_online "));
+        values.next().unwrap().parse::<usize>().unwrap()
+    };
+    let on_each = [
+        online(site.metrics_text()),
+        online(second.get("/metrics").1),
+    ];
+    assert!(
+        on_each.iter().all(|count| *count >= DEVICES / 4),
+        "{on_each:?}"
+    );
+
+    // The second learns of a rollout that the first was asked for, and serves the image.
+    let image = site.image("1.1.0.img", 1 << 20, 1);
+    site.release(&image, "1.1.0").ok();
+    let outcomes = fleet.wait_for(&version("1.1.0"), LONG).await;
+    assert_eq!(
+        outcomes.as_expected, DEVICES as u64,
+        "{:?}",
+        outcomes.unexpected
+    );
+
+    // The front sees /readyz turn, and new connections go to the other node; so do its devices.
+    second.stop_server();
+    all_online(&fleet).await;
+    until("all devices on the first node", || async {
+        match online(site.metrics_text()) {
+            DEVICES => Ok(()),
+            count => Err(count),
+        }
+    })
+    .await;
+    let image = site.image("1.2.0.img", 1 << 20, 2);
+    site.release(&image, "1.2.0").ok();
+    let outcomes = fleet.wait_for(&version("1.2.0"), LONG).await;
+    assert_eq!(
+        outcomes.as_expected, DEVICES as u64,
+        "{:?}",
+        outcomes.unexpected
     );
 }

@@ -14,12 +14,7 @@ use tempfile::TempDir;
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::TlsConnector;
 
-use crate::{
-    http2::connect_from,
-    process::Process,
-    site::{Site, free_address},
-    wait::until,
-};
+use crate::{http2::connect_from, process::Process, site::free_address, wait::until};
 
 /// Where a node sees HAProxy come from: another address than that of its peers, which come from 127.0.0.1.
 pub const SOURCE: Ipv4Addr = Ipv4Addr::new(127, 9, 9, 9);
@@ -76,7 +71,7 @@ impl Dial for Through {
     }
 }
 
-/// A running HAProxy in front of sites, as `docs/front/haproxy.cfg` has it.
+/// A running HAProxy in front of nodes, as `docs/front/haproxy.cfg` has it.
 #[derive(Debug)]
 pub struct Haproxy {
     /// Where devices connect.
@@ -88,12 +83,13 @@ pub struct Haproxy {
 }
 
 impl Haproxy {
-    /// In front of one site, or of two. None, and a line that says so: HAProxy is not installed.
-    pub async fn before(sites: &[&Site]) -> Option<Self> {
+    /// In front of one node, or of two: where each listens for devices and for probes. None, and a line that says so: HAProxy is not
+    /// installed.
+    pub async fn before(nodes: &[(SocketAddr, SocketAddr)]) -> Option<Self> {
         let program = program()?;
         let dir = TempDir::with_prefix("fwpush-haproxy-").unwrap();
         let (address, config) = (free_address(), dir.path().join("haproxy.cfg"));
-        fs::write(&config, configuration(address, sites)).unwrap();
+        fs::write(&config, configuration(address, nodes)).unwrap();
         let front = Self {
             address,
             process: start(&program, &config),
@@ -146,7 +142,7 @@ fn program() -> Option<PathBuf> {
 }
 
 /// The documentation's configuration with the addresses of this test. Each thing that is replaced must be there.
-fn configuration(address: SocketAddr, sites: &[&Site]) -> String {
+fn configuration(address: SocketAddr, nodes: &[(SocketAddr, SocketAddr)]) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/front/haproxy.cfg");
     let mut config = fs::read_to_string(path).unwrap();
     let mut put = |old: &str, new: &str| {
@@ -159,8 +155,7 @@ fn configuration(address: SocketAddr, sites: &[&Site]) -> String {
     put("maxconn 26000", "maxconn 1000");
     for (number, node) in [(1, "10.0.0.11"), (2, "10.0.0.12")] {
         let line = format!("    server node-{number} {node}:7443 addr {node} port 7445\n");
-        let own = sites.get(number - 1).map(|site| {
-            let (devices, metrics) = (site.devices, site.metrics);
+        let own = nodes.get(number - 1).map(|(devices, metrics)| {
             let (ip, port) = (metrics.ip(), metrics.port());
             format!("    server node-{number} {devices} addr {ip} port {port}\n")
         });

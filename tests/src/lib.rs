@@ -12,6 +12,7 @@ pub mod front;
 pub mod hostile;
 pub mod http2;
 pub mod mirror;
+pub mod node;
 pub mod offline;
 pub mod pki;
 pub mod postgres;

@@ -5,6 +5,7 @@ mod db;
 mod device;
 mod files;
 mod keys;
+mod node;
 mod release;
 mod rollout;
 
@@ -16,7 +17,7 @@ use fwpush_keys::{
     id::{NodeId, OperatorId, Product, TrustDomain},
 };
 
-pub use self::{cluster::*, db::*, device::*, files::*, keys::*, release::*, rollout::*};
+pub use self::{cluster::*, db::*, device::*, files::*, keys::*, node::*, release::*, rollout::*};
 use crate::values::ByteCount;
 
 /// Distributes firmware: signed releases, pushed to devices, verified by them byte by byte.
@@ -65,6 +66,7 @@ pub enum Command {
     Restore(RestoreArgs),
     Db(DbArgs),
     Cluster(ClusterArgs),
+    Node(NodeArgs),
 }
 
 /// Show a whole fleet update itself on this machine

@@ -1,7 +1,7 @@
 //! `fwpush init`: a new installation, made whole or not at all.
 
 mod files;
-mod names;
+pub mod names;
 
 use std::{
     fs,
@@ -12,6 +12,7 @@ use fwpush_keys::{
     Ca, Identity, ProductRule, Role, Root, SanName, SigningKey, Timestamp, new_key_and_csr,
 };
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use self::{
     files::{operator_toml, server_toml},
@@ -111,7 +112,7 @@ Devices are told to connect to {advertised}.
 /// nothing behind.
 pub fn make(args: &InitArgs, now: Timestamp) -> Result<Installation> {
     let dir = &args.target;
-    refuse_existing(dir)?;
+    refuse_existing(dir, &PARTS)?;
     disk::private_dir(dir)?;
     let build = tempfile::Builder::new()
         .prefix(".init-")
@@ -161,10 +162,10 @@ pub fn make(args: &InitArgs, now: Timestamp) -> Result<Installation> {
     })
 }
 
-/// Refuses a directory that has any part of an installation, and names the file.
-fn refuse_existing(dir: &Path) -> Result<()> {
+/// Refuses a directory that is a part of an installation or has any of these, and names the file.
+pub fn refuse_existing(dir: &Path, parts: &[&str]) -> Result<()> {
     let own = dir.join(FILE_NAME);
-    let parts = PARTS.iter().map(|part| dir.join(part));
+    let parts = parts.iter().map(|part| dir.join(part));
     for place in parts.chain([own]) {
         if fs::symlink_metadata(&place).is_err() {
             continue;
@@ -177,6 +178,21 @@ fn refuse_existing(dir: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// A new key for a node or an operator, and its certificate for [`limits::NODE_CERTIFICATE_DAYS`], both in PEM.
+pub fn issue(
+    ca: &Ca,
+    identity: &Identity,
+    names: &[SanName],
+    now: Timestamp,
+) -> Result<(Zeroizing<String>, String)> {
+    let what = || format!("make the certificate of {}", identity.id);
+    let (key, csr) = new_key_and_csr().doing(what)?;
+    let certificate = ca
+        .issue_for_csr(&csr, identity, names, now, limits::NODE_CERTIFICATE_DAYS)
+        .doing(what)?;
+    Ok((key, certificate))
 }
 
 /// Writes the parts of one installation below `base`.
@@ -242,17 +258,7 @@ impl Maker<'_> {
         dir: &str,
         name: &str,
     ) -> Result<()> {
-        let what = || format!("make the certificate of {}", identity.id);
-        let (key, csr) = new_key_and_csr().doing(what)?;
-        let certificate = ca
-            .issue_for_csr(
-                &csr,
-                identity,
-                names,
-                self.now,
-                limits::NODE_CERTIFICATE_DAYS,
-            )
-            .doing(what)?;
+        let (key, certificate) = issue(ca, identity, names, self.now)?;
         self.write(dir, &format!("{name}.crt"), certificate.as_bytes())?;
         self.write(dir, &format!("{name}.key"), key.as_bytes())
     }
