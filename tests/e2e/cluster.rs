@@ -1,5 +1,6 @@
 //! Several nodes: PostgreSQL, Redis and `fwpush serve` as real processes, and fleets spread over them.
 
+mod bucket;
 mod operators;
 mod outages;
 mod partitions;

@@ -15,7 +15,7 @@ use rustls::pki_types::ServerName;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 use tonic::{
-    Code, Status,
+    Status,
     transport::{Channel, Endpoint, Uri},
 };
 
@@ -49,11 +49,8 @@ impl Peers {
         let called = timeout(patience, client.push_to_client(request)).await;
         let answer = called
             .unwrap_or_else(|_| Err(Status::deadline_exceeded("the node did not answer in time")));
-        if answer
-            .as_ref()
-            .is_err_and(|status| status.code() != Code::DeadlineExceeded)
-        {
-            // The next call connects anew: the node may have moved.
+        if answer.is_err() {
+            // The next call connects anew: the node may have moved, or the line between us died without a word.
             self.channels().remove(node);
         }
         answer.map(tonic::Response::into_inner)

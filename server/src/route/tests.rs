@@ -2,6 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
+use futures::StreamExt as _;
 use fwpush_keys::{
     Ca, Identity, Role, Timestamp, TrustDomain,
     pki::new_key_and_csr,
@@ -469,4 +470,33 @@ async fn a_live_session_takes_the_place_of_a_newer_one_whose_node_is_dead() {
     })
     .await;
     assert_eq!(*session.closing.borrow(), None);
+}
+
+#[tokio::test]
+async fn ten_thousand_devices_of_a_dead_node_are_resumed_on_another() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let dead = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let names: Vec<String> = (0..10_000).map(|n| format!("dev-{n:05}")).collect();
+    let claims = names.iter().map(|name| dead.claim(name, None));
+    let lost: Vec<Session> = futures::stream::iter(claims).buffered(64).collect().await;
+    // Without a word: its lease is gone, its sessions are entered.
+    dead.stop.cancel();
+    dead.route.stopped().await;
+    let ids: Vec<DeviceId> = names.iter().map(|name| id(name)).collect();
+    assert!(two.route.online(&ids).await.is_empty());
+    let claims = names
+        .iter()
+        .zip(&lost)
+        .map(|(name, last)| two.claim(name, Some(&last.id)));
+    let moved: Vec<Session> = futures::stream::iter(claims).buffered(64).collect().await;
+    assert!(
+        moved
+            .iter()
+            .all(|session| session.resumed && session.takeovers == 0)
+    );
+    assert_eq!(two.route.online(&ids).await.len(), 10_000);
+    let entered = redis.cli(&["KEYS", "fw:s:*"]).unwrap();
+    assert_eq!(entered.lines().count(), 10_000);
 }

@@ -1,5 +1,7 @@
 //! Fleets on three nodes: a release reaches them wherever they are, also while nodes die, stop and start.
 
+use std::time::Duration;
+
 use fwpush_tests::{cluster::Cluster, wait::LONG};
 
 use super::{all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
@@ -115,6 +117,9 @@ async fn a_rolling_restart_under_load_fails_no_update() {
         all_online(&fleet).await;
     }
     all_as_expected(&fleet, "1.1.0", 90).await;
+    // Their own reboots are in it too.
+    let longest = fleet.snapshot().longest_offline;
+    assert!(longest <= Duration::from_secs(60), "{longest:?}");
     nothing_confirmed_is_missing(&cluster, &fleet);
     rollout_complete(&cluster).await;
 }
