@@ -56,7 +56,8 @@ pub fn store(error: StoreError) -> Status {
         | StoreError::Open(_)
         | StoreError::Config { .. }
         | StoreError::Client { .. }
-        | StoreError::CacheInUse { .. } => {
+        | StoreError::CacheInUse { .. }
+        | StoreError::NoCache { .. } => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "The file store failed."

@@ -22,6 +22,9 @@ use crate::{
     limits,
 };
 
+/// How the temporary name of a file on its way begins.
+pub(super) const FETCHED: &str = ".fetch-";
+
 const GROUP: usize = GROUP_BYTES as usize;
 
 /// A file that comes piece by piece.
@@ -120,7 +123,7 @@ impl Desk {
             none => {
                 make_dir(&self.shard)?;
                 let mut named = tempfile::Builder::new();
-                none.insert(named.prefix(".fetch-").tempfile_in(&self.shard)?)
+                none.insert(named.prefix(FETCHED).tempfile_in(&self.shard)?)
             }
         };
         file.write_all(piece)

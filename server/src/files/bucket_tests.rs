@@ -21,6 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{FileStore, Files, FilesPlace, StoreError, StoredFile};
 
+mod foreign;
+
 const MIB: usize = 1 << 20;
 
 /// Longer than anything here takes.

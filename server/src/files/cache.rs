@@ -91,22 +91,23 @@ impl Cache {
         self.books().held.keys().copied().collect()
     }
 
-    /// Makes room for a file of `bytes`, and gives what has to be removed for it, which counts no more: the longest unused first,
-    /// and nothing that is in use.
+    /// Makes room for a file of `bytes`, and gives what has to be removed for it with its bytes, which count no more: the longest
+    /// unused first, and nothing that is in use. What cannot be removed is to be [put back](Self::put_back).
     pub(super) fn reserve(
         &self,
         bytes: u64,
         in_use: impl Fn(&FileId) -> bool,
-    ) -> Result<(Room<'_>, Vec<FileId>), NoRoom> {
+    ) -> Result<(Room<'_>, Vec<(FileId, u64)>), NoRoom> {
         if bytes > self.most {
             return Err(NoRoom::Never);
         }
         let mut books = self.books();
         let excess = (books.bytes + bytes).saturating_sub(self.most);
         let victims = books.victims(excess, in_use).ok_or(NoRoom::Now)?;
-        for id in &victims {
-            books.forget(id);
-        }
+        let victims = victims
+            .into_iter()
+            .filter_map(|id| books.forget(&id).map(|bytes| (id, bytes)));
+        let victims = victims.collect();
         books.bytes += bytes;
         Ok((Room { cache: self, bytes }, victims))
     }
@@ -130,9 +131,17 @@ impl Cache {
         }
     }
 
-    /// The file is not here any more.
-    pub(super) fn forget(&self, id: &FileId) {
-        self.books().forget(id);
+    /// The file is not here any more; gives the bytes that it took. Unknown: `None`.
+    pub(super) fn forget(&self, id: &FileId) -> Option<u64> {
+        self.books().forget(id)
+    }
+
+    /// The file was to be removed and could not be, or not wholly. Entered anew since: changes nothing.
+    pub(super) fn put_back(&self, id: FileId, bytes: u64) {
+        let mut books = self.books();
+        if !books.held.contains_key(&id) {
+            books.enter(id, bytes, Trust::Doubted);
+        }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -149,10 +158,10 @@ impl Books {
         self.held.insert(id, Held { bytes, used, trust });
     }
 
-    fn forget(&mut self, id: &FileId) {
-        if let Some(held) = self.held.remove(id) {
-            self.bytes -= held.bytes;
-        }
+    fn forget(&mut self, id: &FileId) -> Option<u64> {
+        let held = self.held.remove(id)?;
+        self.bytes -= held.bytes;
+        Some(held.bytes)
     }
 
     /// What is to go so that `excess` bytes become free. `None`: what is not in use is less than that.
@@ -209,7 +218,7 @@ mod tests {
     fn bring(cache: &Cache, name: u8, bytes: u64) -> Result<Vec<FileId>, NoRoom> {
         let (room, gone) = cache.reserve(bytes, |_| false)?;
         room.fill(id(name));
-        Ok(gone)
+        Ok(gone.into_iter().map(|(id, _)| id).collect())
     }
 
     #[test]
@@ -234,7 +243,7 @@ mod tests {
         assert_eq!(cache.reserve(101, in_use).unwrap_err(), NoRoom::Never);
         assert_eq!(cache.bytes(), 100, "nothing was given up for nothing");
         let (_room, gone) = cache.reserve(40, in_use).unwrap();
-        assert_eq!(gone, [id(2)]);
+        assert_eq!(gone, [(id(2), 40)]);
     }
 
     #[test]
@@ -249,6 +258,23 @@ mod tests {
         assert_eq!(cache.touch(&id(2)), Some(Trust::Doubted));
         cache.set_trust(&id(2), Trust::Verified);
         assert_eq!(cache.touch(&id(2)), Some(Trust::Verified));
+    }
+
+    #[test]
+    fn what_could_not_be_removed_counts_and_is_not_trusted() {
+        let cache = Cache::new(100);
+        bring(&cache, 1, 60).unwrap();
+        let (room, gone) = cache.reserve(50, |_| false).unwrap();
+        for (id, bytes) in gone {
+            cache.put_back(id, bytes);
+        }
+        drop(room);
+        assert_eq!(cache.bytes(), 60);
+        assert_eq!(cache.touch(&id(1)), Some(Trust::Doubted));
+        assert_eq!(cache.forget(&id(1)), Some(60));
+        bring(&cache, 1, 30).unwrap();
+        cache.put_back(id(1), 60);
+        assert_eq!(cache.bytes(), 30, "it was fetched anew since");
     }
 
     proptest! {

@@ -45,6 +45,8 @@ pub enum StoreError {
     },
     #[error("another server uses the cache {}: give each node a `files.cache_dir` of its own", path.display())]
     CacheInUse { path: PathBuf },
+    #[error("{} holds something else than a cache of images, and was left as it is: give `files.cache_dir` a directory of its own", path.display())]
+    NoCache { path: PathBuf },
     /// The bucket does not answer, or says that it cannot now.
     #[error("{operation} in {bucket}: it cannot be reached")]
     Away {

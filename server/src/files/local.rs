@@ -24,7 +24,7 @@ use fwpush_keys::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    files::{Mapped, StoreError},
+    files::{Mapped, StoreError, mapped::Lent},
     limits,
 };
 
@@ -37,8 +37,57 @@ pub struct LocalStore {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    open: Mutex<HashMap<FileId, Arc<StoredFile>>>,
+    open: Mutex<Opened>,
     uploading: Mutex<HashMap<FileId, Holder>>,
+}
+
+#[derive(Debug, Default)]
+struct Opened {
+    /// At most [`limits::OPEN_FILES`].
+    kept: HashMap<FileId, Arc<StoredFile>>,
+    /// Mappings that are kept no longer, or never were, while downloads read them.
+    lent: HashMap<FileId, Vec<Lent>>,
+}
+
+impl Opened {
+    /// Keeps the file open if there is room, and knows in any case for how long it is read.
+    fn enter(&mut self, id: FileId, file: &Arc<StoredFile>) {
+        if self.kept.len() >= limits::OPEN_FILES {
+            // Those that nobody seems to read are mapped again when asked for. Bytes of them may be on their way all the same.
+            let idle: Vec<_> = self.kept.extract_if(|_, file| !file.is_in_use()).collect();
+            for (id, file) in idle {
+                self.lend(id, &file);
+            }
+        }
+        self.close(&id);
+        if self.kept.len() < limits::OPEN_FILES {
+            self.kept.insert(id, Arc::clone(file));
+        } else {
+            self.lend(id, file);
+        }
+    }
+
+    fn close(&mut self, id: &FileId) {
+        if let Some(file) = self.kept.remove(id) {
+            self.lend(*id, &file);
+        }
+    }
+
+    fn lend(&mut self, id: FileId, file: &StoredFile) {
+        self.lent.retain(|_, lent| {
+            lent.retain(Lent::is_read);
+            !lent.is_empty()
+        });
+        let mappings = [&file.content, &file.outline];
+        let lent = mappings.into_iter().filter_map(Mapped::lent);
+        self.lent.entry(id).or_default().extend(lent);
+    }
+
+    fn is_in_use(&self, id: &FileId) -> bool {
+        let lent = self.lent.get(id);
+        self.kept.get(id).is_some_and(|file| file.is_in_use())
+            || lent.is_some_and(|lent| lent.iter().any(Lent::is_read))
+    }
 }
 
 /// Who brings a file at the moment.
@@ -62,6 +111,11 @@ pub struct StoredFile {
 impl StoredFile {
     fn is_damaged(&self) -> bool {
         self.content.is_damaged() || self.outline.is_damaged()
+    }
+
+    /// Whether somebody has the file or a part of it besides the store.
+    fn is_in_use(self: &Arc<Self>) -> bool {
+        Arc::strong_count(self) > 1 || self.content.is_shared() || self.outline.is_shared()
     }
 
     /// Content and outline are of the same number of groups.
@@ -88,7 +142,7 @@ impl LocalStore {
 
     /// The file, or `None` if it is not here. Blocks on the disk.
     pub fn get(&self, id: &FileId) -> Result<Option<Arc<StoredFile>>, StoreError> {
-        let opened = self.opened().get(id).cloned();
+        let opened = self.opened().kept.get(id).cloned();
         if let Some(file) = opened.filter(|file| !file.is_damaged()) {
             return Ok(Some(file));
         }
@@ -101,7 +155,13 @@ impl LocalStore {
             return Ok(None);
         };
         let outline = open_found(&self.outline_path(id)).map_err(failed)?;
-        let outline = outline.ok_or_else(|| failed(io::Error::other("its outline is missing")))?;
+        let Some(outline) = outline else {
+            // It is written first and removed last: somebody else took it, or both were removed at this moment.
+            return match self.has(id) {
+                true => Err(StoreError::Damaged(*id)),
+                false => Ok(None),
+            };
+        };
         let file = Arc::new(StoredFile {
             content: Mapped::new(content).map_err(failed)?,
             outline: Mapped::new(outline).map_err(failed)?,
@@ -109,27 +169,18 @@ impl LocalStore {
         if file.content.is_empty() || !file.fits() {
             return Err(StoreError::Damaged(*id));
         }
-        let mut open = self.opened();
-        if open.len() >= limits::OPEN_FILES {
-            // Those in use live on in their downloads; the others are mapped again when asked for.
-            open.retain(|_, file| Arc::strong_count(file) > 1);
-        }
-        if open.len() < limits::OPEN_FILES || open.contains_key(id) {
-            open.insert(*id, file.clone());
-        }
+        self.opened().enter(*id, &file);
         Ok(Some(file))
     }
 
-    /// Whether a download reads the file at this moment.
+    /// Whether a download reads the file at this moment: it takes its room on the disk until that has ended.
     pub(super) fn is_in_use(&self, id: &FileId) -> bool {
-        self.opened()
-            .get(id)
-            .is_some_and(|file| file.content.is_shared() || file.outline.is_shared())
+        self.opened().is_in_use(id)
     }
 
     /// Has the file mapped anew when it is asked for next.
     pub(super) fn close(&self, id: &FileId) {
-        self.opened().remove(id);
+        self.opened().close(id);
     }
 
     /// Removes the file; downloads of it go on. Not here: nothing. Blocks on the disk.
@@ -271,10 +322,12 @@ impl LocalStore {
         for entry in fs::read_dir(self.inner.root.join("uploads"))? {
             let entry = entry?;
             let name = entry.file_name();
-            let id = name.to_str().and_then(|name| name.parse::<FileId>().ok());
+            let Some(id) = name.to_str().and_then(|name| name.parse::<FileId>().ok()) else {
+                continue;
+            };
             // Held until the file is gone: nobody begins with it meanwhile.
             let uploading = self.uploading();
-            if id.is_some_and(|id| uploading.contains_key(&id)) {
+            if uploading.contains_key(&id) {
                 continue;
             }
             let changed = match entry.metadata() {
@@ -310,7 +363,7 @@ impl LocalStore {
         self.inner.root.join("uploads").join(id.to_string())
     }
 
-    fn opened(&self) -> std::sync::MutexGuard<'_, HashMap<FileId, Arc<StoredFile>>> {
+    fn opened(&self) -> std::sync::MutexGuard<'_, Opened> {
         self.inner
             .open
             .lock()
@@ -469,10 +522,13 @@ impl Drop for Claim {
     }
 }
 
+/// How the temporary name of an outline begins.
+pub(super) const OUTLINE: &str = ".outline-";
+
 /// Writes an outline to its place, synced.
 pub(super) fn put_outline(shard: &Path, path: &Path, outline: &Outline) -> io::Result<()> {
     let mut beside = tempfile::Builder::new()
-        .prefix(".outline-")
+        .prefix(OUTLINE)
         .tempfile_in(shard)?;
     beside.write_all(outline.as_bytes())?;
     beside.as_file().sync_all()?;

@@ -290,7 +290,8 @@ impl Files {
             "http" => {}
             _ => return Err(wrong(key, "must be `https://HOST:PORT`")),
         }
-        Ok(text.trim_end_matches('/').to_owned())
+        // As it was parsed: its scheme is looked at again, and is in small letters here.
+        Ok(url.as_str().trim_end_matches('/').to_owned())
     }
 }
 
@@ -412,7 +413,15 @@ mod tests {
             ..s3()
         };
         assert!(refused(&plain(false)).contains("files.allow_http = true"));
-        plain(true).place(Path::new("/etc")).unwrap();
+        let FilesPlace::S3(place) = (Files {
+            endpoint: Some("HTTP://10.0.0.1:9000/".into()),
+            ..plain(true)
+        })
+        .place(Path::new("/etc"))
+        .unwrap() else {
+            panic!("no bucket")
+        };
+        assert_eq!(place.endpoint.as_deref(), Some("http://10.0.0.1:9000"));
         let authority = Files {
             ca_file: Some("ca.crt".into()),
             ..plain(true)

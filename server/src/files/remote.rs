@@ -7,8 +7,9 @@ use std::{
     collections::HashMap,
     fs::{self, File},
     io,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use fwpush_keys::{id::FileId, outline::Outline};
@@ -21,9 +22,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     files::{
         StoreError,
-        arrival::{Arrival, check_whole},
+        arrival::{Arrival, FETCHED, check_whole},
         cache::{Cache, NoRoom, Room, Trust},
-        local::{LocalStore, Whole},
+        local::{LocalStore, OUTLINE, Whole, make_dir},
         on_disk,
         place::S3Place,
         s3::Bucket,
@@ -100,8 +101,9 @@ impl Remote {
         let bucket = place.clone();
         let (bucket, local, lock) = on_disk(move || {
             let bucket = Bucket::open(&bucket)?;
+            // Before anything in it is touched: it may be another server's, or no cache at all.
+            let lock = take_dir(&place.cache_dir)?;
             let local = LocalStore::open(&place.cache_dir)?;
-            let lock = lock(&place)?;
             Ok((bucket, local, (lock, place)))
         })
         .await?;
@@ -113,7 +115,7 @@ impl Remote {
             Ok(cache)
         })
         .await?;
-        match bucket.check_access().await {
+        match bucket.check().await {
             Err(error @ StoreError::Away { .. }) => tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "The image store is away: images that are cached here are served, others wait for it."
@@ -162,12 +164,16 @@ impl Remote {
         self.inner.cache.set_trust(id, Trust::Doubted);
     }
 
-    /// Removes the file from the cache.
+    /// Removes the file from the cache. One that could not be removed is counted on, and looked at before it is used.
     pub(super) async fn drop_cached(&self, id: &FileId) -> Result<(), StoreError> {
-        self.inner.cache.forget(id);
+        let bytes = self.inner.cache.forget(id);
+        let (local, file) = (self.inner.local.clone(), *id);
+        let removed = on_disk(move || local.remove(&file)).await;
+        if let (Err(_), Some(bytes)) = (&removed, bytes) {
+            self.inner.cache.put_back(*id, bytes);
+        }
         self.count();
-        let (local, id) = (self.inner.local.clone(), *id);
-        on_disk(move || local.remove(&id)).await
+        removed
     }
 
     /// Brings the file into the cache, or waits for whoever does already, for at most [`limits::FETCH_WAIT`]: the fetch goes on.
@@ -297,7 +303,7 @@ impl Remote {
         Ok(Brought::Here)
     }
 
-    /// Makes room, and removes from the disk what has to go for it.
+    /// Makes room, and removes from the disk what has to go for it. What could not be removed is counted on.
     async fn room(&self, bytes: u64) -> Result<Result<Room<'_>, NoRoom>, StoreError> {
         let local = &self.inner.local;
         let reserved = self
@@ -308,12 +314,12 @@ impl Remote {
             Ok(reserved) => reserved,
             Err(no_room) => return Ok(Err(no_room)),
         };
-        for file in victims {
-            metrics::counter!(m::FILES_EVICTED).increment(1);
-            let local = local.clone();
-            on_disk(move || local.remove(&file)).await?;
+        let local = local.clone();
+        let (kept, removed) = on_disk(move || Ok(remove_all(&local, victims))).await?;
+        for (file, bytes) in kept {
+            self.inner.cache.put_back(file, bytes);
         }
-        Ok(Ok(room))
+        removed.map(|()| Ok(room))
     }
 
     /// Brings an upload to the bucket, and then into the cache, where there is room for it.
@@ -370,8 +376,34 @@ fn bytes_of(outline: &Outline) -> u64 {
     outline.size() + Outline::encoded_len(outline.size())
 }
 
-fn lock(place: &S3Place) -> Result<File, StoreError> {
-    let path = place.cache_dir.join("fwpush.lock");
+/// Removes the files up to the first that it cannot; gives those that are left.
+fn remove_all(
+    local: &LocalStore,
+    mut victims: Vec<(FileId, u64)>,
+) -> (Vec<(FileId, u64)>, Result<(), StoreError>) {
+    while let Some((file, _)) = victims.last() {
+        if let Err(error) = local.remove(file) {
+            return (victims, Err(error));
+        }
+        metrics::counter!(m::FILES_EVICTED).increment(1);
+        victims.pop();
+    }
+    (victims, Ok(()))
+}
+
+/// Locked while a server runs, and what a cache is known by.
+const LOCK: &str = "fwpush-cache.lock";
+
+/// Takes the cache's directory, making it (mode 0700). One that holds anything and is no cache is refused as it is; so is one that
+/// another server uses.
+fn take_dir(dir: &Path) -> Result<File, StoreError> {
+    make_dir(dir).map_err(StoreError::Open)?;
+    let path = dir.join(LOCK);
+    if !path.is_file() && !is_empty(dir).map_err(StoreError::Open)? {
+        return Err(StoreError::NoCache {
+            path: dir.to_owned(),
+        });
+    }
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -381,45 +413,35 @@ fn lock(place: &S3Place) -> Result<File, StoreError> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(StoreError::CacheInUse {
-            path: place.cache_dir.clone(),
+            path: dir.to_owned(),
         }),
         Err(fs::TryLockError::Error(error)) => Err(StoreError::Open(error)),
     }
 }
 
+/// But for what a new file system has, and for the lock of a server that starts at this moment.
+fn is_empty(dir: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if name != "lost+found" && name != LOCK {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 /// Enters what is in the directory, the oldest first, and removes what cannot be a whole file. Nothing is read: a file is hashed
-/// when it is asked for.
+/// when it is asked for. What has no name of ours is left alone.
 fn find_cached(local: &LocalStore, cache: &Cache) -> io::Result<()> {
     let mut whole = Vec::new();
-    for shard in fs::read_dir(local.root())? {
-        let shard = shard?;
-        if shard.file_name() == "uploads" || !shard.file_type()?.is_dir() {
-            continue;
-        }
-        for entry in fs::read_dir(shard.path())? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let name = name.to_str().unwrap_or_default();
-            match name.parse::<FileId>() {
-                Ok(id) => {
-                    let (content, outline) =
-                        (entry.metadata()?, fs::metadata(local.outline_path(&id)));
-                    let outline = outline.map_or(0, |found| found.len());
-                    if content.is_file() && Outline::encoded_len(content.len()) == outline {
-                        whole.push((content.modified()?, id, content.len() + outline));
-                    } else {
-                        local.remove(&id).map_err(io::Error::other)?;
-                    }
-                }
-                Err(_) => {
-                    let of = name.strip_suffix(".outline").map(str::parse::<FileId>);
-                    // Of a fetch that was cut off; or an outline whose content is not there.
-                    let left = of.is_none_or(|id| !id.is_ok_and(|id| local.has(&id)));
-                    if left && entry.file_type()?.is_file() {
-                        fs::remove_file(entry.path())?;
-                    }
-                }
+    for entry in fs::read_dir(local.root())? {
+        let entry = entry?;
+        let shard = entry.file_name();
+        match shard.to_str() {
+            Some(shard) if is_shard(shard) && entry.file_type()?.is_dir() => {
+                find_in_shard(local, &entry.path(), shard, &mut whole)?;
             }
+            _ => {}
         }
     }
     whole.sort_unstable();
@@ -429,4 +451,47 @@ fn find_cached(local: &LocalStore, cache: &Cache) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// When a file was written, and what it takes.
+type Found = (SystemTime, FileId, u64);
+
+fn find_in_shard(
+    local: &LocalStore,
+    path: &Path,
+    shard: &str,
+    whole: &mut Vec<Found>,
+) -> io::Result<()> {
+    for entry in fs::read_dir(path)? {
+        let entry = entry?;
+        let about = entry.metadata()?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|_| about.is_file()) else {
+            continue;
+        };
+        let id = |name: &str| name.parse().ok().filter(|_| name.starts_with(shard));
+        let outline_of: Option<FileId> = name.strip_suffix(".outline").and_then(id);
+        if let Some(id) = id(name) {
+            let outline = fs::metadata(local.outline_path(&id)).map_or(0, |found| found.len());
+            if Outline::encoded_len(about.len()) == outline {
+                whole.push((about.modified()?, id, about.len() + outline));
+            } else {
+                local.remove(&id).map_err(io::Error::other)?;
+            }
+        } else if name.starts_with(FETCHED)
+            || name.starts_with(OUTLINE)
+            || outline_of.is_some_and(|id| !local.has(&id))
+        {
+            // Of a fetch that was cut off; or an outline whose content is not there.
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn is_shard(name: &str) -> bool {
+    name.len() == 2
+        && name
+            .bytes()
+            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }

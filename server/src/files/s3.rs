@@ -107,6 +107,8 @@ impl Bucket {
             .with_region(&place.region)
             .with_access_key_id(&place.access_key_id)
             .with_secret_access_key(secret)
+            // Its answer has one error for all keys, without a kind; and not every server has it.
+            .with_disable_bulk_delete(true)
             .with_client_options(options)
             .with_retry(RetryConfig {
                 backoff: BackoffConfig {
@@ -126,10 +128,18 @@ impl Bucket {
         })
     }
 
-    /// Whether the bucket is there and lets us in: what a server asks once, at its start.
-    pub(super) async fn check_access(&self) -> Result<(), StoreError> {
+    /// Two small questions: whether the bucket is there and lets us in.
+    pub(super) async fn check(&self) -> Result<(), StoreError> {
         // A question about an object tells a refusal from silence, a list tells whether there is a bucket: its errors have no kind.
-        self.check().await?;
+        let nothing = Path::from(format!("{}fwpush-probe", self.prefix()));
+        match self.s3.head(&nothing).await {
+            Ok(_) | Err(Error::NotFound { .. }) => self.is_there().await,
+            Err(error) => Err(self.failed("look for images", error)),
+        }
+    }
+
+    /// Whether there is a bucket. To be asked where an object is missing: the answer is the same when the bucket is.
+    async fn is_there(&self) -> Result<(), StoreError> {
         let one = PaginatedListOptions {
             max_keys: Some(1),
             ..PaginatedListOptions::default()
@@ -140,15 +150,6 @@ impl Bucket {
             Ok(_) => Ok(()),
             Err(source) if was_cut_off(&source) => Err(self.failed("list images", source)),
             Err(source) => Err(StoreError::NoBucket { bucket, source }),
-        }
-    }
-
-    /// One small question that costs next to nothing: fails when the bucket cannot be used.
-    pub(super) async fn check(&self) -> Result<(), StoreError> {
-        let nothing = Path::from(format!("{}fwpush-probe", self.prefix()));
-        match self.s3.head(&nothing).await {
-            Ok(_) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(self.failed("look for images", error)),
         }
     }
 
@@ -165,7 +166,7 @@ impl Bucket {
     async fn length(&self, path: &Path) -> Result<Option<u64>, StoreError> {
         match self.s3.head(path).await {
             Ok(found) => Ok(Some(found.size)),
-            Err(Error::NotFound { .. }) => Ok(None),
+            Err(Error::NotFound { .. }) => self.is_there().await.map(|()| None),
             Err(error) => Err(self.failed("look for an image", error)),
         }
     }
@@ -177,7 +178,7 @@ impl Bucket {
     ) -> Result<Option<(Outline, BoxStream<'static, Result<Bytes, StoreError>>)>, StoreError> {
         let content = match self.s3.get(&self.content(id)).await {
             Ok(content) => content,
-            Err(Error::NotFound { .. }) => return Ok(None),
+            Err(Error::NotFound { .. }) => return self.is_there().await.map(|()| None),
             Err(error) => return Err(self.failed("fetch an image", error)),
         };
         let size = content.meta.size;
@@ -295,14 +296,16 @@ impl Bucket {
     pub(super) async fn delete(&self, id: &FileId) -> Result<(), StoreError> {
         for path in [self.content(id), self.outline(id)] {
             match self.s3.delete(&path).await {
-                Ok(()) | Err(Error::NotFound { .. }) => {}
+                Ok(()) => {}
+                // Most servers say that they removed what is not there.
+                Err(Error::NotFound { .. }) => self.is_there().await?,
                 Err(error) => return Err(self.failed("remove an image", error)),
             }
         }
         Ok(())
     }
 
-    /// What is there. Objects with other names than ours are passed over.
+    /// What is there. Objects that are not just where we put them are passed over: they are somebody else's.
     pub(super) async fn list(&self) -> Result<Vec<Stored>, StoreError> {
         let prefix = (!self.place.prefix.is_empty()).then(|| Path::from(&*self.place.prefix));
         let mut objects = self.s3.list(prefix.as_ref());
@@ -314,6 +317,14 @@ impl Bucket {
             let Ok(file) = name.trim_end_matches(OUTLINE).parse::<FileId>() else {
                 continue;
             };
+            let ours = if is_outline {
+                self.outline(&file)
+            } else {
+                self.content(&file)
+            };
+            if object.location != ours {
+                continue;
+            }
             let written = Timestamp::from_ms(object.last_modified.timestamp_millis());
             let stored = found.entry(file).or_insert(Stored {
                 file,

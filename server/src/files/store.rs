@@ -164,7 +164,7 @@ impl FileStore {
         }
     }
 
-    /// One small question: fails when the store cannot be used.
+    /// A small question or two: fails when the store cannot be used.
     pub async fn check(&self) -> Result<(), StoreError> {
         match &self.remote {
             Some(remote) => remote.bucket().check().await,

@@ -181,3 +181,46 @@ fn an_upload_is_not_written_through_a_symbolic_link() {
     assert!(matches!(written, Err(StoreError::Io { .. })), "{written:?}");
     assert_eq!(fs::read(&foreign).unwrap(), b"x");
 }
+
+#[test]
+fn what_a_download_reads_is_in_use_however_many_files_are_open() {
+    let (_dir, store) = store();
+    let mut downloads = Vec::new();
+    for seed in 0..=limits::OPEN_FILES {
+        let content = (seed as u32).to_le_bytes();
+        let id = FileId::of(&content);
+        put(&store, &content, id).unwrap();
+        assert!(!store.is_in_use(&id));
+        let file = store.get(&id).unwrap().unwrap();
+        // As a download has it: neither the file nor, at its end, more than bytes.
+        let mapped = file.content.clone();
+        let bytes = mapped.slice(0..4).unwrap();
+        downloads.push((id, mapped, bytes));
+    }
+    for (id, ..) in &downloads {
+        assert!(store.is_in_use(id), "{id}");
+    }
+    // Mapped anew, the old mapping is still read.
+    let (first, mapped, bytes) = downloads.swap_remove(0);
+    store.close(&first);
+    assert!(store.is_in_use(&first));
+    drop(mapped);
+    assert!(store.is_in_use(&first));
+    drop(bytes);
+    assert!(!store.is_in_use(&first));
+    let ids: Vec<_> = downloads.drain(..).map(|(id, ..)| id).collect();
+    assert!(ids.iter().all(|id| !store.is_in_use(id)));
+    assert!(store.opened().kept.len() <= limits::OPEN_FILES);
+}
+
+#[test]
+fn content_without_its_outline_is_damaged_and_can_be_uploaded_again() {
+    let (_dir, store) = store();
+    let (content, id) = image(200_000);
+    put(&store, &content, id).unwrap();
+    fs::remove_file(store.outline_path(&id)).unwrap();
+    store.close(&id);
+    assert!(matches!(store.get(&id), Err(StoreError::Damaged(found)) if found == id));
+    put(&store, &content, id).unwrap();
+    assert!(store.get(&id).unwrap().is_some());
+}

@@ -15,7 +15,7 @@ use std::{
     io,
     ops::Range,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -51,6 +51,17 @@ struct Mapping {
     file: File,
     /// Which blocks were read in.
     read_in: Box<[AtomicBool]>,
+}
+
+/// Tells for how long a mapping is held, and holds it no longer.
+#[derive(Debug)]
+pub(super) struct Lent(Weak<Mapping>);
+
+impl Lent {
+    /// Whether there is a clone, or bytes of one.
+    pub(super) fn is_read(&self) -> bool {
+        self.0.strong_count() > 0
+    }
 }
 
 /// Keeps the mapping for the slices made of it.
@@ -117,6 +128,12 @@ impl Mapped {
         // One in `mapping`, one in the owner of `content`.
         let held = self.mapping.as_ref().map_or(0, Arc::strong_count);
         held > 2
+    }
+
+    /// What tells for how long this and its clones are held; `None` for an empty file.
+    pub(super) fn lent(&self) -> Option<Lent> {
+        let mapping = self.mapping.as_ref()?;
+        Some(Lent(Arc::downgrade(mapping)))
     }
 
     /// True once a part was found that its file cannot give. Mapped anew, the file may be whole again.
