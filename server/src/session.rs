@@ -3,6 +3,8 @@
 //! A session owns a latest-wins slot for what the device should run and a short queue for everything else, so that a slow
 //! reader never grows anything. The stream itself is served by [`crate::stream`]; this is its address book.
 
+mod state;
+
 use std::{
     collections::{HashMap, HashSet},
     sync::{
@@ -17,7 +19,7 @@ use fwpush_keys::{
     time::Timestamp,
 };
 use fwpush_proto::v1::{
-    EventType, NotifyEvent, Ping, PushOutcome, ServerMessage, server_message::Kind as ToDevice,
+    EventType, Ping, PushOutcome, ServerMessage, server_message::Kind as ToDevice,
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -562,122 +564,6 @@ impl Sessions {
     }
 }
 
-impl State {
-    fn insert(&mut self, device: &DeviceId, entry: Entry) -> Option<Entry> {
-        let old = self.remove(device);
-        for heard in &entry.hears {
-            if heard == "*" {
-                self.hears_product
-                    .entry(entry.product.clone())
-                    .or_default()
-                    .insert(device.clone());
-            } else if let Ok(heard) = heard.parse::<DeviceId>() {
-                self.hears_device
-                    .entry(heard)
-                    .or_default()
-                    .insert(device.clone());
-            }
-        }
-        self.live.insert(device.clone(), entry);
-        old
-    }
-
-    fn remove(&mut self, device: &DeviceId) -> Option<Entry> {
-        let entry = self.live.remove(device)?;
-        for heard in &entry.hears {
-            if heard == "*" {
-                remove_listener(&mut self.hears_product, &entry.product, device);
-            } else if let Ok(heard) = heard.parse::<DeviceId>() {
-                remove_listener(&mut self.hears_device, &heard, device);
-            }
-        }
-        Some(entry)
-    }
-
-    fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
-        let Some(entry) = self.live.get(device) else {
-            return PushOutcome::NotHere;
-        };
-        if epoch != 0 && epoch != entry.epoch {
-            return PushOutcome::StaleEpoch;
-        }
-        match entry.control.try_send(message) {
-            Ok(()) => PushOutcome::Delivered,
-            Err(mpsc::error::TrySendError::Full(_)) => PushOutcome::Busy,
-            Err(mpsc::error::TrySendError::Closed(_)) => PushOutcome::NotHere,
-        }
-    }
-
-    /// Gives how many takeovers of this device there were of late, if this is one; else 0.
-    fn count_takeover(&mut self, device: &DeviceId, this_is_one: bool) -> usize {
-        if !this_is_one {
-            return 0;
-        }
-        let now = Instant::now();
-        let recent = |at: &Instant| now.duration_since(*at) < limits::TAKEOVER_WINDOW;
-        if self.takeovers.len() >= limits::CONNECTIONS {
-            self.takeovers.retain(|_, times| times.iter().any(recent));
-        }
-        let times = self.takeovers.entry(device.clone()).or_default();
-        times.retain(recent);
-        times.push(now);
-        if times.len() > limits::TAKEOVERS_KEPT {
-            times.remove(0);
-        }
-        times.len()
-    }
-
-    /// Events are best effort: a listener whose queue is full misses one.
-    fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
-        if let Some(presence) = &self.presence {
-            let told = presence.try_send(Presence {
-                device: device.clone(),
-                product: product.clone(),
-                event,
-                details: details.to_owned(),
-            });
-            if told.is_err() {
-                tracing::debug!(device.id = %device, "A presence event was not told to other nodes.");
-            }
-        }
-        let of_device = self.hears_device.get(device);
-        let of_product = self.hears_product.get(product);
-        for listener in of_device
-            .into_iter()
-            .chain(of_product)
-            .flatten()
-            .filter(|id| *id != device)
-        {
-            let Some(entry) = self.live.get(listener) else {
-                continue;
-            };
-            let message = ServerMessage {
-                kind: Some(ToDevice::Event(NotifyEvent {
-                    r#type: event.into(),
-                    details: details.to_owned(),
-                    client_id: device.to_string(),
-                })),
-            };
-            if entry.control.try_send(message).is_err() {
-                tracing::debug!(device.id = %listener, "A presence event found a full queue.");
-            }
-        }
-    }
-}
-
-fn remove_listener<K: std::hash::Hash + Eq>(
-    index: &mut HashMap<K, HashSet<DeviceId>>,
-    heard: &K,
-    listener: &DeviceId,
-) {
-    if let Some(listeners) = index.get_mut(heard) {
-        listeners.remove(listener);
-        if listeners.is_empty() {
-            index.remove(heard);
-        }
-    }
-}
-
 fn as_epoch(time: Timestamp) -> u64 {
     u64::try_from(time.as_ms()).unwrap_or(0)
 }
@@ -693,103 +579,4 @@ impl Drop for Session {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn id(name: &str) -> DeviceId {
-        name.parse().unwrap()
-    }
-
-    fn claim(sessions: &Sessions, name: &str, last: Option<&str>, hears: &[&str]) -> Session {
-        let hears = hears.iter().map(ToString::to_string).collect();
-        sessions.claim(&id(name), &"gateway".parse().unwrap(), last, hears)
-    }
-
-    fn sessions() -> Sessions {
-        Sessions::new(Timestamp::from_ms(1_000))
-    }
-
-    fn text() -> ServerMessage {
-        ServerMessage { kind: None }
-    }
-
-    #[test]
-    fn the_newest_stream_wins_and_the_end_of_the_older_changes_nothing() {
-        let sessions = sessions();
-        let old = claim(&sessions, "a", None, &[]);
-        let new = claim(&sessions, "a", None, &[]);
-        assert_eq!(*old.closing.borrow(), Some(Closing::Replaced));
-        assert!(new.epoch > old.epoch);
-        drop(old);
-        assert!(sessions.is_online(&id("a")));
-        assert_eq!(
-            sessions.push(&id("a"), text(), new.epoch),
-            PushOutcome::Delivered
-        );
-        drop(new);
-        assert!(!sessions.is_online(&id("a")));
-    }
-
-    #[test]
-    fn a_device_that_names_its_last_session_is_resumed_and_one_that_guesses_is_not() {
-        let sessions = sessions();
-        let first = claim(&sessions, "a", None, &[]).id.clone();
-        assert!(!claim(&sessions, "a", Some("guess"), &[]).resumed);
-        let second = claim(&sessions, "a", Some(&first), &[]);
-        assert!(!second.resumed, "only the newest session can be resumed");
-        let id = second.id.clone();
-        drop(second);
-        assert!(claim(&sessions, "a", Some(&id), &[]).resumed);
-    }
-
-    #[test]
-    fn a_reader_that_never_reads_is_busy_and_its_queue_stays_bounded() {
-        let sessions = sessions();
-        let session = claim(&sessions, "a", None, &[]);
-        for _ in 0..limits::CONTROL_QUEUE {
-            assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Delivered);
-        }
-        assert_eq!(sessions.push(&id("a"), text(), 0), PushOutcome::Busy);
-        assert_eq!(
-            sessions.push(&id("a"), text(), session.epoch + 1),
-            PushOutcome::StaleEpoch
-        );
-        assert_eq!(sessions.push(&id("b"), text(), 0), PushOutcome::NotHere);
-    }
-
-    #[test]
-    fn a_device_that_comes_and_goes_is_written_no_more_often_than_one_that_stays() {
-        let sessions = sessions();
-        let seen = |now| sessions.take_unflushed(Timestamp::from_ms(now), limits::LAST_SEEN);
-        let every = limits::LAST_SEEN.as_millis() as i64;
-        let first = claim(&sessions, "a", None, &[]);
-        assert_eq!(seen(1_000).len(), 1);
-        drop(first);
-        let back = claim(&sessions, "a", None, &[]);
-        assert_eq!(seen(2_000), [], "left and came back");
-        let taken_over = claim(&sessions, "a", None, &[]);
-        assert_eq!(seen(3_000), [], "took its own session over");
-        assert_eq!(seen(1_000 + every).len(), 1);
-        drop((back, taken_over));
-    }
-
-    #[test]
-    fn presence_is_heard_only_by_those_an_operator_allowed() {
-        let sessions = sessions();
-        let mut all = claim(&sessions, "all", None, &["*"]);
-        let mut one = claim(&sessions, "one", None, &["x"]);
-        let mut none = claim(&sessions, "none", None, &[]);
-        while all.control.try_recv().is_ok() {}
-        drop(claim(&sessions, "x", None, &[]));
-        drop(claim(&sessions, "y", None, &[]));
-        let heard =
-            |session: &mut Session| std::iter::from_fn(|| session.control.try_recv().ok()).count();
-        assert_eq!(
-            (heard(&mut all), heard(&mut one), heard(&mut none)),
-            (4, 2, 0)
-        );
-        sessions.set_hears(&id("one"), vec![]);
-        drop(claim(&sessions, "x", None, &[]));
-        assert_eq!(heard(&mut one), 0);
-    }
-}
+mod tests;
