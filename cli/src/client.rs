@@ -49,7 +49,17 @@ impl Client {
         what: &str,
         call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
     ) -> Result<T> {
-        self.try_call(call)
+        self.call_within(limits::CALL_TIME, what, call).await
+    }
+
+    /// Like [`Client::call`], for one that may take longer.
+    pub async fn call_within<T>(
+        &self,
+        limit: Duration,
+        what: &str,
+        call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
+    ) -> Result<T> {
+        self.answer_within(limit, call)
             .await
             .map_err(|status| self.refused(what, &status))
     }
@@ -79,12 +89,20 @@ impl Client {
         &self,
         call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
     ) -> Result<T, Status> {
+        self.answer_within(limits::CALL_TIME, call).await
+    }
+
+    async fn answer_within<T>(
+        &self,
+        limit: Duration,
+        call: impl AsyncFnOnce(&mut Admin) -> Result<Response<T>, Status>,
+    ) -> Result<T, Status> {
         let mut admin = self.admin();
-        match tokio::time::timeout(limits::CALL_TIME, call(&mut admin)).await {
+        match tokio::time::timeout(limit, call(&mut admin)).await {
             Ok(answer) => answer.map(Response::into_inner),
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "no answer within {} s",
-                limits::CALL_TIME.as_secs()
+                limit.as_secs()
             ))),
         }
     }

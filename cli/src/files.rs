@@ -7,6 +7,7 @@ use crate::{
     Context,
     args::{FilesArgs, FilesCommand, FilesGc},
     failure::Result,
+    limits,
     output::{Table, bytes, json_time, plural, time},
 };
 
@@ -55,9 +56,11 @@ async fn gc(context: &Context, args: &FilesGc) -> Result<()> {
         dry_run: args.dry_run,
     };
     let done = client
-        .call("remove unused images", async |admin| {
-            admin.collect_files(request).await
-        })
+        .call_within(
+            limits::COLLECT_TIME,
+            "remove unused images",
+            async |admin| admin.collect_files(request).await,
+        )
         .await?;
     let removed_bytes: u64 = done.removed.iter().map(|file| file.size).sum();
     context.out.data(

@@ -5,6 +5,10 @@ use std::time::Duration;
 /// A unary call: the server answers from its database, publishing hashes at most an outline.
 pub const CALL_TIME: Duration = Duration::from_secs(30);
 
+/// Removing images: a server works 300 s on what it takes on at once, and lists a bucket of 100,000 images in a minute. It goes on
+/// when nobody waits any more.
+pub const COLLECT_TIME: Duration = Duration::from_secs(600);
+
 /// How often a call that may be repeated is tried over new connections: the waits between 6 tries, 8 s, outlast a
 /// restart of the server.
 pub const CALL_ATTEMPTS: u32 = 6;

@@ -6,12 +6,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use fwpush_keys::id::FileId;
+use fwpush_keys::{id::FileId, time::Timestamp};
 use tokio::{sync::Mutex, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    db::{Db, DbError, FileRow, Unused},
+    db::{Db, DbError, Doomed, FileRow, Unused},
     files::{FileStore, StoreError},
     limits,
 };
@@ -109,39 +109,42 @@ impl Garbage {
         self.db.unmark_files().await?;
         let mut removed = Vec::new();
         loop {
-            let began = Instant::now();
             let (doomed_at, doomed) = self.db.doom_files().await?;
             if doomed.is_empty() {
                 return Ok(removed);
             }
             let mut left = doomed.as_slice();
-            let mut failed = None;
-            while let [(id, size), rest @ ..] = left {
-                // Long before another node may take it over: a removal that comes late would hit a file that was uploaded since.
-                if began.elapsed() > DOOM_WORK {
-                    break;
-                }
-                left = rest;
-                // One that failed stays doomed: whether it was removed is not known.
-                match self.store.delete(id).await {
-                    Ok(()) => {
-                        if self.db.file_removed(id, doomed_at, actor).await? {
-                            tracing::info!(file = %id, bytes = size, "An unused image was removed.");
-                            removed.push((*id, *size));
-                        }
-                    }
-                    Err(error) => {
-                        failed = Some(error);
-                        break;
-                    }
-                }
+            let ended = self.remove(&mut left, doomed_at, actor, &mut removed).await;
+            // After an error too: whoever wants one of them would have to wait until it is taken over.
+            let spared = self.db.spare_files(left, doomed_at).await;
+            ended?;
+            spared?;
+        }
+    }
+
+    /// Removes the files at the front of `left` and takes them off it, until none is left, one fails, or time is up. One that failed
+    /// stays doomed: whether it was removed is not known.
+    async fn remove(
+        &self,
+        left: &mut &[Doomed],
+        doomed_at: Timestamp,
+        actor: &str,
+        removed: &mut Vec<(FileId, u64)>,
+    ) -> Result<(), GarbageError> {
+        let began = Instant::now();
+        while let [Doomed { file_id, size, .. }, rest @ ..] = *left {
+            // Long before another node may take it over: a removal that comes late would hit a file that was uploaded since.
+            if began.elapsed() > DOOM_WORK {
+                break;
             }
-            let spared: Vec<FileId> = left.iter().map(|(id, _)| *id).collect();
-            self.db.spare_files(&spared, doomed_at).await?;
-            if let Some(error) = failed {
-                return Err(error.into());
+            *left = rest;
+            self.store.delete(file_id).await?;
+            if self.db.file_removed(file_id, doomed_at, actor).await? {
+                tracing::info!(file = %file_id, bytes = size, "An unused image was removed.");
+                removed.push((*file_id, *size));
             }
         }
+        Ok(())
     }
 
     /// Removes from this node's cache what the store does not have any more.
@@ -202,6 +205,8 @@ mod tests {
         what_only_revoked_releases_name_goes_when_it_is_asked_for_and_can_be_brought_back,
         while_a_file_is_being_removed_it_can_be_neither_published_nor_uploaded,
         a_removal_that_was_not_begun_is_given_up,
+        a_removal_that_another_node_had_begun_is_given_back_and_not_given_up,
+        after_a_removal_that_fails_the_files_behind_it_are_free_again,
         a_damaged_file_is_noted_until_it_is_uploaded_again,
         whatever_races_a_published_image_is_in_the_store,
     );
@@ -221,7 +226,8 @@ mod tests {
             let bench = Bench::new().await;
             let dir = tempfile::tempdir().unwrap();
             let place = FilesPlace::directory(dir.path().join("files"));
-            let store = FileStore::open(&place).await.unwrap();
+            let node = "n1".parse().unwrap();
+            let store = FileStore::open(&place, &node).await.unwrap();
             let garbage = Garbage::new(bench.db.clone(), store.clone());
             Self {
                 bench,
@@ -394,7 +400,14 @@ mod tests {
         world.collect(Unused::Unnamed).await;
         db.advance_clock(DAY);
         let (doomed_at, doomed) = db.doom_files().await.unwrap();
-        assert_eq!(doomed, [(file, 1)]);
+        assert_eq!(
+            doomed,
+            [Doomed {
+                file_id: file,
+                size: 1,
+                before: None
+            }]
+        );
         assert!(matches!(
             world.publish(file).await,
             Published::FileMissing(_)
@@ -415,7 +428,7 @@ mod tests {
         // The node died. Another takes over, and the first one's late word counts no more.
         db.advance_clock(limits::DOOM_LIFE + Duration::from_secs(1));
         let (taken_at, taken) = db.doom_files().await.unwrap();
-        assert_eq!(taken, doomed);
+        assert_eq!(taken[0].before, Some(doomed_at));
         assert!(!db.file_removed(&file, doomed_at, "n1").await.unwrap());
         assert!(db.file_removed(&file, taken_at, "n2").await.unwrap());
         assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::Yes);
@@ -429,9 +442,46 @@ mod tests {
         let file = world.upload(b"a").await;
         world.collect(Unused::Unnamed).await;
         db.advance_clock(DAY);
-        let (doomed_at, _) = db.doom_files().await.unwrap();
-        db.spare_files(&[file], doomed_at).await.unwrap();
+        let (doomed_at, doomed) = db.doom_files().await.unwrap();
+        db.spare_files(&doomed, doomed_at).await.unwrap();
         assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::Yes);
+    }
+
+    #[tokio::test]
+    async fn a_removal_that_another_node_had_begun_is_given_back_and_not_given_up() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let file = world.upload(b"a").await;
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        db.doom_files().await.unwrap();
+        // That node died when the content was gone.
+        world.store.delete(&file).await.unwrap();
+        db.advance_clock(limits::DOOM_LIFE + Duration::from_secs(1));
+        let (taken_at, taken) = db.doom_files().await.unwrap();
+        db.spare_files(&taken, taken_at).await.unwrap();
+        assert_eq!(db.add_file(&file, 1).await.unwrap(), Entered::BeingRemoved);
+        world.garbage.go_on("n2").await.unwrap();
+        assert!(db.file(&file).await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn after_a_removal_that_fails_the_files_behind_it_are_free_again() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let mut files = [world.upload(b"a").await, world.upload(b"b").await];
+        files.sort_unstable();
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        // Not even the superuser unlinks a directory.
+        let path = world.store.uploads().path(&files[0]);
+        std::fs::remove_file(&path).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        world.garbage.go_on("n1").await.unwrap_err();
+        let row = async |file| db.file(&file).await.unwrap().unwrap();
+        assert!(row(files[0]).await.doomed_at.is_some());
+        assert!(row(files[1]).await.doomed_at.is_none());
+        assert_eq!(db.add_file(&files[1], 1).await.unwrap(), Entered::Yes);
     }
 
     #[tokio::test]

@@ -192,6 +192,10 @@ pub const FETCH_PAUSE: Duration = Duration::from_secs(2);
 /// The same where the bucket holds wrong bytes, which costs a whole download to find out again.
 pub const DAMAGED_PAUSE: Duration = Duration::from_secs(60);
 
+/// The most where this node's disk failed or is full, which may cost a whole download as well: doubled from [`FETCH_PAUSE`] with each
+/// failure in a row. Somebody makes room; the devices are served five minutes later at the latest.
+pub const DISK_PAUSE: Duration = Duration::from_secs(300);
+
 /// Outcomes of fetches that are remembered; more are swept of those that count no more.
 pub const FETCH_MEMORY: usize = 1_024;
 

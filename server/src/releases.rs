@@ -170,6 +170,9 @@ impl Releases {
     async fn check_files(&self, release: &Release) -> Result<(), PublishError> {
         for encoding in &release.image().encodings {
             let file = encoding.blake3.to_string();
+            self.store
+                .takes(&encoding.blake3, encoding.size)
+                .map_err(PublishError::Store)?;
             let found = match self.store.size(&encoding.blake3).await {
                 Ok(Some(found)) => found,
                 Err(error) if error.passes() => return Err(PublishError::Store(error)),

@@ -135,7 +135,7 @@ impl Server {
             &read(&config.pki.device_ca_key)?,
         )?;
         let db = Db::open(&config.place()?).await?;
-        let store = FileStore::open(&config.files_place()?).await?;
+        let store = FileStore::open(&config.files_place()?, &config.node_id).await?;
         if let Err(error) = backup::forget_left(&config.data_dir()) {
             // It costs room and nothing else.
             tracing::warn!(%error, "What backups that were cut off left behind could not be removed.");

@@ -48,6 +48,13 @@ pub fn try_later(why: impl Into<String>) -> Status {
     status
 }
 
+/// Of an image that is brought or published, and that this node could never serve.
+pub fn above_cache(error: StoreError) -> Status {
+    let status = Status::failed_precondition(error.to_string());
+    let next = "Raise files.cache_bytes in the configuration of each node, and start it again.";
+    with_next(status, next)
+}
+
 /// Of the file store.
 pub fn store(error: StoreError) -> Status {
     let words = error.to_string();

@@ -65,6 +65,16 @@ pub enum Entered {
     BeingRemoved,
 }
 
+/// A file that a node is about to remove.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Doomed {
+    pub file_id: FileId,
+    /// Bytes.
+    pub size: u64,
+    /// When the removal that was taken over had begun; `None`: it begins now, and the store has the file yet.
+    pub before: Option<Timestamp>,
+}
+
 /// Which files count as unused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unused {
@@ -297,10 +307,10 @@ impl Db {
 
     /// Dooms files that were marked [`limits::FILE_GRACE`] ago and are still not needed, at most [`limits::FILES_DOOMED`], for the caller
     /// to remove; and takes over those whose removal a node began and has not ended for [`limits::DOOM_LIFE`]. The time is theirs.
-    pub(crate) async fn doom_files(&self) -> Result<(Timestamp, Vec<(FileId, u64)>), DbError> {
+    pub(crate) async fn doom_files(&self) -> Result<(Timestamp, Vec<Doomed>), DbError> {
         const DOOM: &str = "doom files";
         const SELECT: &str = concat!(
-            "SELECT file_id, size FROM files WHERE doomed_at_ms <= $2 \
+            "SELECT file_id, size, doomed_at_ms FROM files WHERE doomed_at_ms <= $2 \
                 OR (doomed_at_ms IS NULL AND unused_at_ms <= $1 AND ",
             not_live!(),
             ") ORDER BY file_id LIMIT $3"
@@ -318,12 +328,18 @@ impl Db {
             .await?;
         let doomed = rows
             .iter()
-            .map(|row| Ok((row.parse("file_id")?, row.u64("size")?)))
-            .collect::<Result<Vec<(FileId, u64)>, DbError>>()?;
+            .map(|row| {
+                Ok(Doomed {
+                    file_id: row.parse("file_id")?,
+                    size: row.u64("size")?,
+                    before: row.opt_time("doomed_at_ms")?,
+                })
+            })
+            .collect::<Result<Vec<Doomed>, DbError>>()?;
         if doomed.is_empty() {
             return Ok((now, doomed));
         }
-        let ids: Vec<FileId> = doomed.iter().map(|(id, _)| *id).collect();
+        let ids: Vec<FileId> = doomed.iter().map(|file| file.file_id).collect();
         tx.execute_for(
             DOOM,
             SET,
@@ -369,22 +385,26 @@ impl Db {
         Ok(done > 0)
     }
 
-    /// Gives up removals that began at `doomed_at`, of which nothing was done yet.
+    /// Gives up removals that began at `doomed_at`, with which the caller did nothing. Those that it had taken over may be half done:
+    /// they stay doomed, as of when they had begun, for whoever takes them over next.
     pub(crate) async fn spare_files(
         &self,
-        files: &[FileId],
+        files: &[Doomed],
         doomed_at: Timestamp,
     ) -> Result<(), DbError> {
-        const SPARE: &str = "UPDATE files SET doomed_at_ms = NULL FROM {rows} AS x \
+        const SPARE: &str = "UPDATE files SET doomed_at_ms = x.before_ms FROM {rows} AS x \
             WHERE files.file_id = x.file_id AND files.doomed_at_ms = $2";
+        if files.is_empty() {
+            return Ok(());
+        }
+        let mut rows = Rows::of(&[Text("file_id"), Int("before_ms")]);
+        for file in files {
+            let before = file.before.map(|before| before.as_ms());
+            rows.push(json!([file.file_id.to_string(), before]));
+        }
         let mut tx = self.begin().await?;
-        tx.execute_for(
-            "spare files",
-            SPARE,
-            Rows::texts(&[Text("file_id")], files),
-            params![doomed_at],
-        )
-        .await?;
+        tx.execute_for("spare files", SPARE, rows, params![doomed_at])
+            .await?;
         tx.commit().await
     }
 }

@@ -34,6 +34,7 @@ pub use devices::{Added, DeviceFilter, DeviceRecord, NewDevice, RunningImage};
 pub use error::DbError;
 pub use events::EventRow;
 pub(crate) use events::{NewEvent, insert as insert_events, prune as prune_events};
+pub(crate) use files::Doomed;
 pub use files::{Entered, FileRow, Unused};
 pub use leases::{HeldLease, Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};

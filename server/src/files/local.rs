@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/ab/abcd...          the file, named by its BLAKE3 hash
 //! <root>/ab/abcd....outline  the chaining values of its 64 KiB groups
-//! <root>/uploads/abcd...     what an upload has brought so far
+//! <root>/uploads/abcd...     what an upload has brought so far; in <root>/uploads/<node>/ where nodes share the directory
 //! ```
 //! The file is renamed into place last, after it and its outline were synced: what is found under its hash is whole.
 
@@ -18,7 +18,7 @@ use std::{
 };
 
 use fwpush_keys::{
-    id::FileId,
+    id::{FileId, NodeId},
     outline::{GROUP_BYTES, Outline, outline_of},
 };
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,8 @@ pub struct LocalStore {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
+    /// Of this node alone.
+    uploads: PathBuf,
     open: Mutex<Opened>,
     uploading: Mutex<HashMap<FileId, Holder>>,
 }
@@ -127,9 +129,20 @@ impl StoredFile {
 impl LocalStore {
     /// Opens the store, making its directories (mode 0700), and forgets uploads that nobody went on with.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        make_dir(&root.join("uploads")).map_err(StoreError::Open)?;
+        Self::open_with(root, root.join("uploads"))
+    }
+
+    /// Opens a store that other nodes write to as well. An upload under way is this node's own: none that it checked and gave its name
+    /// is written to by another.
+    pub fn open_shared(root: &Path, node: &NodeId) -> Result<Self, StoreError> {
+        Self::open_with(root, root.join("uploads").join(node.as_str()))
+    }
+
+    fn open_with(root: &Path, uploads: PathBuf) -> Result<Self, StoreError> {
+        make_dir(&uploads).map_err(StoreError::Open)?;
         let inner = Inner {
             root: root.to_owned(),
+            uploads,
             open: Mutex::default(),
             uploading: Mutex::default(),
         };
@@ -319,7 +332,7 @@ impl LocalStore {
 
     /// Forgets unfinished uploads that got no byte for [`limits::UPLOAD_KEPT`]. Blocks on the disk.
     pub fn forget_old_uploads(&self) -> io::Result<()> {
-        for entry in fs::read_dir(self.inner.root.join("uploads"))? {
+        for entry in fs::read_dir(&self.inner.uploads)? {
             let entry = entry?;
             let name = entry.file_name();
             let Some(id) = name.to_str().and_then(|name| name.parse::<FileId>().ok()) else {
@@ -360,7 +373,7 @@ impl LocalStore {
     }
 
     fn upload_path(&self, id: &FileId) -> PathBuf {
-        self.inner.root.join("uploads").join(id.to_string())
+        self.inner.uploads.join(id.to_string())
     }
 
     fn opened(&self) -> std::sync::MutexGuard<'_, Opened> {

@@ -55,7 +55,12 @@ struct Inner {
 #[derive(Clone, Copy, Debug)]
 enum State {
     UnderWay,
-    Done { outcome: Brought, at: Instant },
+    Done {
+        outcome: Brought,
+        at: Instant,
+        /// For how long the next who ask get the same answer without a look.
+        pause: Duration,
+    },
 }
 
 /// What became of a fetch.
@@ -72,15 +77,27 @@ pub(super) enum Brought {
     },
     /// It takes longer, the bucket is away, or the cache is full of what is being downloaded.
     NotNow,
+    /// This node's disk failed, or is full.
+    NoDisk,
 }
 
 impl Brought {
-    /// For how long the next who ask get the same answer without a look.
-    fn stands_for(self) -> Duration {
+    /// For how long it stands, after one before it that stood for `before`.
+    fn pause(self, before: Duration) -> Duration {
         match self {
             Self::Here => Duration::ZERO,
             Self::NotNow | Self::Nowhere => limits::FETCH_PAUSE,
+            Self::NoDisk => (before * 2).clamp(limits::FETCH_PAUSE, limits::DISK_PAUSE),
             Self::Damaged | Self::AboveCache { .. } => limits::DAMAGED_PAUSE,
+        }
+    }
+
+    /// Of an error of the bucket or of the disk.
+    fn of(error: &StoreError) -> Self {
+        match error {
+            StoreError::Damaged(_) => Self::Damaged,
+            StoreError::Io { .. } | StoreError::Open(_) => Self::NoDisk,
+            _ => Self::NotNow,
         }
     }
 
@@ -90,7 +107,7 @@ impl Brought {
             Self::Nowhere => "missing",
             Self::Damaged => "damaged",
             Self::AboveCache { .. } => "too_large",
-            Self::NotNow => "failed",
+            Self::NotNow | Self::NoDisk => "failed",
         }
     }
 }
@@ -150,6 +167,14 @@ impl Remote {
         self.inner.cache.most()
     }
 
+    pub(super) fn takes(&self, id: &FileId, size: u64) -> Result<(), StoreError> {
+        let (file, most) = (*id, self.cache_bytes());
+        if on_disk_bytes(size) > most {
+            return Err(StoreError::AboveCache { file, size, most });
+        }
+        Ok(())
+    }
+
     pub(super) fn cached(&self) -> Vec<FileId> {
         self.inner.cache.list()
     }
@@ -199,6 +224,10 @@ impl Remote {
         if let Some(state) = under_way.get(&id).filter(|state| still_counts(state)) {
             return state.clone();
         }
+        let before = match under_way.get(&id).map(|state| *state.borrow()) {
+            Some(State::Done { pause, .. }) => pause,
+            _ => Duration::ZERO,
+        };
         let (tell, state) = watch::channel(State::UnderWay);
         under_way.insert(id, state.clone());
         let remote = self.clone();
@@ -208,9 +237,13 @@ impl Remote {
             if outcome == Brought::Here {
                 remote.under_way().remove(&id);
             }
-            let at = Instant::now();
+            let done = State::Done {
+                outcome,
+                at: Instant::now(),
+                pause: outcome.pause(before),
+            };
             // Nobody may be waiting any more.
-            let _ = tell.send(State::Done { outcome, at });
+            let _ = tell.send(done);
         });
         state
     }
@@ -242,24 +275,28 @@ impl Remote {
                     error = &error as &dyn std::error::Error,
                     "The cache of images failed."
                 );
-                return Brought::NotNow;
+                return Brought::NoDisk;
             }
         }
         let Ok(_place) = self.inner.fetches.acquire().await else {
             return Brought::NotNow;
         };
         let began = Instant::now();
-        let outcome = match self.fetch(id).await {
-            Ok(outcome) => outcome,
-            Err(StoreError::Damaged(_)) => Brought::Damaged,
-            Err(error) => {
+        let mut fetched = self.fetch(id).await;
+        if let Err(StoreError::Damaged(_)) = fetched {
+            // Once may be the way; what is wrong twice lies in the bucket like that, and is noted for good.
+            fetched = self.fetch(id).await;
+        }
+        let outcome = fetched.unwrap_or_else(|error| {
+            let outcome = Brought::of(&error);
+            if outcome != Brought::Damaged {
                 tracing::error!(
                     file = %id, error = &error as &dyn std::error::Error,
                     "An image could not be fetched from the image store."
                 );
-                Brought::NotNow
             }
-        };
+            outcome
+        });
         metrics::counter!(m::FILES_FETCHED, "outcome" => outcome.word()).increment(1);
         match outcome {
             Brought::Here => tracing::info!(
@@ -273,7 +310,7 @@ impl Remote {
                 file = %id, size, cache_bytes = self.cache_bytes(), next = "raise files.cache_bytes",
                 "An image does not fit into the cache."
             ),
-            Brought::Nowhere | Brought::NotNow => {}
+            Brought::Nowhere | Brought::NotNow | Brought::NoDisk => {}
         }
         outcome
     }
@@ -283,7 +320,7 @@ impl Remote {
             return Ok(Brought::Nowhere);
         };
         let size = outline.size();
-        let room = match self.room(bytes_of(&outline)).await? {
+        let room = match self.room(on_disk_bytes(size)).await? {
             Ok(room) => room,
             Err(NoRoom::Never) => return Ok(Brought::AboveCache { size }),
             Err(NoRoom::Now) => {
@@ -334,7 +371,7 @@ impl Remote {
         // What was found out about it before holds no longer.
         self.under_way()
             .retain(|file, state| *file != id || matches!(*state.borrow(), State::UnderWay));
-        let room = self.room(bytes_of(&outline)).await?;
+        let room = self.room(on_disk_bytes(outline.size())).await?;
         match (room, Arc::into_inner(whole)) {
             (Ok(room), Some(whole)) => {
                 on_disk(move || whole.keep()).await?;
@@ -367,13 +404,13 @@ fn still_counts(state: &watch::Receiver<State>) -> bool {
     match *state.borrow() {
         // One whose task ended without a word is begun anew.
         State::UnderWay => state.has_changed().is_ok(),
-        State::Done { outcome, at } => at.elapsed() < outcome.stands_for(),
+        State::Done { at, pause, .. } => at.elapsed() < pause,
     }
 }
 
-/// What a file takes on the disk.
-fn bytes_of(outline: &Outline) -> u64 {
-    outline.size() + Outline::encoded_len(outline.size())
+/// What a file of `size` bytes takes on the disk.
+fn on_disk_bytes(size: u64) -> u64 {
+    size + Outline::encoded_len(size)
 }
 
 /// Removes the files up to the first that it cannot; gives those that are left.
@@ -494,4 +531,26 @@ fn is_shard(name: &str) -> bool {
         && name
             .bytes()
             .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_fails_is_left_alone_for_longer_each_time_and_for_minutes_at_most() {
+        let full = Brought::of(&StoreError::Io {
+            operation: "write fetched",
+            file: FileId::of(b"a"),
+            source: io::ErrorKind::StorageFull.into(),
+        });
+        let mut pauses = vec![full.pause(Duration::ZERO)];
+        for _ in 0..10 {
+            pauses.push(full.pause(pauses[pauses.len() - 1]));
+        }
+        assert_eq!(pauses[..3], [2, 4, 8].map(Duration::from_secs));
+        assert_eq!(pauses[10], limits::DISK_PAUSE);
+        let other = Brought::NotNow.pause(limits::DISK_PAUSE);
+        assert_eq!(other, limits::FETCH_PAUSE);
+    }
 }

@@ -2,7 +2,11 @@
 
 use std::{path::Path, sync::Arc};
 
-use fwpush_keys::{id::FileId, outline::Outline, time::Timestamp};
+use fwpush_keys::{
+    id::{FileId, NodeId},
+    outline::Outline,
+    time::Timestamp,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::files::{
@@ -23,12 +27,16 @@ pub struct FileStore {
 }
 
 impl FileStore {
-    /// Opens the store. A bucket that does not answer is no error: it is asked again when an image is needed. One that refuses us is.
-    pub async fn open(place: &FilesPlace) -> Result<Self, StoreError> {
+    /// Opens the store for `node`. A bucket that does not answer is no error: it is asked again when an image is needed. One that refuses us is.
+    pub async fn open(place: &FilesPlace, node: &NodeId) -> Result<Self, StoreError> {
         match place {
-            FilesPlace::Directory { path, .. } => {
-                let path = path.clone();
-                let local = on_disk(move || LocalStore::open(&path)).await?;
+            FilesPlace::Directory { path, shared } => {
+                let (path, shared, node) = (path.clone(), *shared, node.clone());
+                let local = on_disk(move || match shared {
+                    true => LocalStore::open_shared(&path, &node),
+                    false => LocalStore::open(&path),
+                })
+                .await?;
                 Ok(Self {
                     local,
                     remote: None,
@@ -84,10 +92,18 @@ impl FileStore {
                     let (file, most) = (*id, remote.cache_bytes());
                     return Err(StoreError::AboveCache { file, size, most });
                 }
-                Brought::NotNow => return Err(StoreError::NotHereNow),
+                Brought::NotNow | Brought::NoDisk => return Err(StoreError::NotHereNow),
             }
         }
         Err(StoreError::NotHereNow)
+    }
+
+    /// Whether this node can serve a file of `size` bytes: one that its cache cannot hold is [`StoreError::AboveCache`].
+    pub fn takes(&self, id: &FileId, size: u64) -> Result<(), StoreError> {
+        match &self.remote {
+            Some(remote) => remote.takes(id, size),
+            None => Ok(()),
+        }
     }
 
     async fn open_local(&self, id: &FileId) -> Result<Option<Arc<StoredFile>>, StoreError> {

@@ -46,7 +46,12 @@ impl State {
         Some(entry)
     }
 
-    pub(super) fn push(&self, device: &DeviceId, message: ServerMessage, epoch: u64) -> PushOutcome {
+    pub(super) fn push(
+        &self,
+        device: &DeviceId,
+        message: ServerMessage,
+        epoch: u64,
+    ) -> PushOutcome {
         let Some(entry) = self.live.get(device) else {
             return PushOutcome::NotHere;
         };
@@ -80,7 +85,13 @@ impl State {
     }
 
     /// Events are best effort: a listener whose queue is full misses one.
-    pub(super) fn announce(&self, device: &DeviceId, product: &Product, event: EventType, details: &str) {
+    pub(super) fn announce(
+        &self,
+        device: &DeviceId,
+        product: &Product,
+        event: EventType,
+        details: &str,
+    ) {
         if let Some(presence) = &self.presence {
             let told = presence.try_send(Presence {
                 device: device.clone(),

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use super::{Admin, optional_id, views, words};
 use crate::{
     api::status as map,
+    files::StoreError,
     releases::PublishError,
     route::Change,
     trust::{self, Published},
@@ -46,6 +47,7 @@ pub fn refused(error: PublishError) -> Status {
     };
     match error {
         PublishError::Db(error) => map::db(error),
+        PublishError::Store(error @ StoreError::AboveCache { .. }) => map::above_cache(error),
         PublishError::Store(error) => map::store(error),
         error => map::with_next(Status::new(code, words(&error)), next(&error)),
     }

@@ -33,6 +33,7 @@ pub async fn status(
     if !(1..=limits::FILE_BYTES).contains(&request.size) {
         return Err(map::store(StoreError::Size));
     }
+    fits(admin, &file, request.size)?;
     // What is not whole, and what was removed, is uploaded anew, whatever is found under its name.
     let mend = wanted(admin, &file)
         .await?
@@ -57,6 +58,11 @@ pub async fn status(
         received,
         complete,
     })
+}
+
+/// Refuses what this node could never serve, before a byte of it is brought.
+fn fits(admin: &Admin, file: &FileId, size: u64) -> Result<(), Status> {
+    admin.store.takes(file, size).map_err(map::above_cache)
 }
 
 /// Notes that the store has the file.
@@ -92,6 +98,7 @@ pub async fn receive(
         .map_err(|_| Status::deadline_exceeded("no chunk within 10 s"))??
         .ok_or_else(|| Status::invalid_argument("no chunk came"))?;
     let file: FileId = id("file_id", &first.file_id)?;
+    fits(admin, &file, first.size)?;
     wanted(admin, &file).await?;
     let owner = operator.to_string();
     // The line of an older upload may have died unnoticed; its operator is back.

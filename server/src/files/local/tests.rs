@@ -224,3 +224,24 @@ fn content_without_its_outline_is_damaged_and_can_be_uploaded_again() {
     put(&store, &content, id).unwrap();
     assert!(store.get(&id).unwrap().is_some());
 }
+
+#[test]
+fn nodes_that_share_a_directory_do_not_write_each_others_uploads() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = |name: &str| LocalStore::open_shared(dir.path(), &name.parse().unwrap()).unwrap();
+    let (a, b) = (node("a"), node("b"));
+    let (content, id) = image(100_000);
+    let mut slow = a.upload(id, 100_000, 0, "op").unwrap();
+    slow.append(&content[..50_000]).unwrap();
+    // The operator comes again, by the other node; the first one's line is not dead yet.
+    assert_eq!(b.received(&id).unwrap(), 0);
+    put(&b, &content, id).unwrap();
+    slow.append(&[9; 50_000]).unwrap();
+    for store in [&a, &b] {
+        let file = store.get(&id).unwrap().unwrap();
+        assert_eq!(file.content.slice(0..100_000).unwrap(), content);
+        assert_eq!(store.list().unwrap(), [id]);
+    }
+    assert!(matches!(slow.finish(), Err(StoreError::WrongHash { .. })));
+    assert!(b.get(&id).unwrap().is_some());
+}
