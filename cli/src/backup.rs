@@ -122,10 +122,13 @@ pub fn open(path: &Path) -> Result<File> {
     let what = || format!("read {}", path.display());
     let mut file = File::open(path).doing(what)?;
     if !is_whole(&mut file).doing(what)? {
-        return Err(
-            Failure::new(format!("{} is no whole tar archive", path.display()))
-                .next("Take another copy: this one was cut off, or is something else."),
-        );
+        return Err(cut_off(path));
     }
     Ok(file)
+}
+
+/// Of an archive that ends too early.
+pub fn cut_off(path: &Path) -> Failure {
+    Failure::new(format!("{} is no whole tar archive", path.display()))
+        .next("Take another copy: this one was cut off, or is something else.")
 }

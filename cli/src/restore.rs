@@ -333,7 +333,11 @@ fn each(
     file.seek(SeekFrom::Start(0)).doing(what)?;
     let mut reader = tar::Archive::new(file);
     for (count, entry) in (0_u64..).zip(reader.entries().doing(what)?) {
-        let mut entry = entry.doing(what)?;
+        let mut entry = match entry {
+            // Cut where a file has nothing but zeros, which looks like an archive's end.
+            Err(error) if error.raw_os_error().is_none() => return Err(backup::cut_off(archive)),
+            entry => entry.doing(what)?,
+        };
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         let foreign = |why: &str| {
             Failure::new(format!("{}: {name:?} {why}", archive.display()))

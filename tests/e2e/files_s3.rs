@@ -181,7 +181,8 @@ async fn a_damaged_object_is_never_served_and_publishing_again_mends_it() {
         .server()
         .line_with("is something else, and is not served");
     assert!(line.contains(&file), "{line}");
-    assert_eq!(fetches(&s3, &file), 1, "not again and again");
+    // Once more, since the way there may be at fault.
+    assert_eq!(fetches(&s3, &file), 2, "not again and again");
     assert_eq!(listed(&site, &file)["state"], "damaged");
     let manifest = site.temp().join(format!("{PRODUCT}-1.1.0.json"));
     site.fwpush(&publish_args(
