@@ -7,9 +7,10 @@ use fwpush_keys::{
     tls::{self, ClockFn},
 };
 use fwpush_proto::v1::{
-    GetServerInfoRequest, Heartbeat, PushRequest, admin_service_client::AdminServiceClient,
-    client_message::Kind as FromDevice, node_service_client::NodeServiceClient,
-    push_service_client::PushServiceClient,
+    GetServerInfoRequest, Heartbeat, PushRequest, ReportAck, ServerMessage, TextMessage,
+    admin_service_client::AdminServiceClient, client_message::Kind as FromDevice,
+    node_service_client::NodeServiceClient, push_service_client::PushServiceClient,
+    server_message::Kind as ToDevice,
 };
 use fwpush_tests::{
     bins::bin,
@@ -216,7 +217,9 @@ async fn each_listener_and_each_service_admits_exactly_its_role() {
         .unwrap();
     let push = || PushRequest {
         client_id: "dev-1".into(),
-        message: Some(Default::default()),
+        message: Some(ServerMessage {
+            kind: Some(ToDevice::Text(TextMessage::default())),
+        }),
         epoch: 0,
     };
     let refused = NodeServiceClient::new(operator.clone())
@@ -235,6 +238,20 @@ async fn each_listener_and_each_service_admits_exactly_its_role() {
         .unwrap_err();
     assert_eq!(refused.code(), Code::Unimplemented);
 
+    // What a device should run, and what of its reports is committed, only the node that holds its stream says.
+    let mut forged = push();
+    let ack = ReportAck {
+        upto_seq: 9,
+        generation: 9,
+    };
+    forged.message = Some(ServerMessage {
+        kind: Some(ToDevice::ReportAck(ack)),
+    });
+    let refused = NodeServiceClient::new(node.clone())
+        .push_to_client(forged)
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
     let answer = NodeServiceClient::new(node)
         .push_to_client(push())
         .await
