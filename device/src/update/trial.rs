@@ -71,9 +71,7 @@ impl Updater {
     fn clear_spare_trial(&mut self) {
         if self.boot.confirmed() && matches!(self.boot.spare_slot().state, SlotState::Trial { .. })
         {
-            // Nobody waits for the result: the spare is marked again before it is written.
-            let job = self.new_job();
-            self.command(Command::InvalidateSpare { job });
+            self.begin_clearing();
         }
     }
 

@@ -62,6 +62,10 @@ pub struct Updater {
     pub(super) local: bool,
     /// The job under way.
     pub(super) job: Option<(JobId, JobKind)>,
+    /// The clearing of a trial that a start found in the spare slot, until it is done.
+    clearing: Option<JobId>,
+    /// What is to be done next, once that is done: two jobs on the slots have no order.
+    held: Option<Command>,
     /// When the present stage wants to be woken, on the monotonic clock.
     pub(super) wake: Option<Duration>,
     /// A notice that came after the trial was marked; looked at when the trial is over.
@@ -105,6 +109,8 @@ impl Updater {
             random: Random::new(start.seed),
             local: start.local,
             job: None,
+            clearing: None,
+            held: None,
             wake: None,
             pending: None,
             bytes_done: 0,
@@ -151,6 +157,9 @@ impl Updater {
             Input::Done { job, result, boot } => {
                 if let Some(boot) = boot {
                     self.boot = *boot;
+                }
+                if self.clearing.take_if(|id| *id == job).is_some() {
+                    self.release_held();
                 }
                 if let Some(kind) = self.end_job(job) {
                     self.on_done(kind, result, context);
@@ -257,11 +266,26 @@ impl Updater {
     pub(super) fn begin(&mut self, kind: JobKind, command: impl FnOnce(JobId) -> Command) {
         let id = self.new_job();
         self.job = Some((id, kind));
-        self.command(command(id));
+        self.held = Some(command(id));
+        if self.clearing.is_none() {
+            self.release_held();
+        }
     }
 
-    /// A job id that nobody waits for.
-    pub(super) fn new_job(&mut self) -> JobId {
+    /// Gives the spare slot up. Whether that succeeds decides nothing: it is given up again before it is written.
+    pub(super) fn begin_clearing(&mut self) {
+        let job = self.new_job();
+        self.clearing = Some(job);
+        self.command(Command::InvalidateSpare { job });
+    }
+
+    fn release_held(&mut self) {
+        if let Some(command) = self.held.take() {
+            self.command(command);
+        }
+    }
+
+    fn new_job(&mut self) -> JobId {
         self.next_job += 1;
         JobId(self.next_job)
     }
@@ -272,7 +296,8 @@ impl Updater {
     }
 
     pub(super) fn cancel_job(&mut self) {
-        if self.job.take().is_some() {
+        // A job that was held back was never begun.
+        if self.job.take().is_some() && self.held.take().is_none() {
             self.command(Command::Cancel);
         }
     }

@@ -33,6 +33,8 @@ enum Step {
     /// An input is handled, and the process is killed before it is saved.
     KillUnsaved,
     PowerCut,
+    /// The process is killed, and the state directory lost; the boot record is kept elsewhere.
+    LoseState,
     Revoke(u64),
     /// The agent is stopped, and a release installed from a bundle.
     Install {
@@ -55,6 +57,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Kill),
         1 => Just(Step::KillUnsaved),
         2 => Just(Step::PowerCut),
+        1 => Just(Step::LoseState),
         1 => (1u64..4).prop_map(Step::Revoke),
         2 => (1u64..4, 0u8..12).prop_map(|(release, wrong)| Step::Install { release, wrong }),
     ]
@@ -184,6 +187,11 @@ impl Play {
             }
             Step::PowerCut => {
                 world.reboot();
+            }
+            Step::LoseState => {
+                world.lose_state();
+                world.trials.clear();
+                world.restart();
             }
             Step::Revoke(release) => {
                 self.revocations += 1;

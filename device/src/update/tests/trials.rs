@@ -331,6 +331,42 @@ fn lost_state_never_means_floor_zero_and_a_running_trial_is_judged() {
 }
 
 #[test]
+fn a_trial_that_nobody_knows_of_is_cleared_before_the_slot_is_used_again() {
+    let mut world = World::new();
+    world.owner_takes_time = true;
+    world.until_file_ack(1, &Spec::good(1));
+    world.ack(1);
+    while !world.reboot_due {
+        world.finish_job();
+    }
+    world.lose_state();
+    world.restart();
+    // The notice comes while the slot is still being cleared: not even the owner is asked yet.
+    let cleared = world.do_job().expect("the spare is being cleared");
+    world.offer(2, &Spec::good(2));
+    assert_eq!(world.commands.last(), Some(&"invalidate"));
+    // One that takes its place meanwhile was never begun, and needs no end.
+    world.offer(3, &Spec::good(3));
+    assert_eq!(world.commands.last(), Some(&"invalidate"));
+    world.job = None;
+    world.end_job(cleared, Ok(()));
+    assert_eq!(world.commands.last(), Some(&"ask"));
+    assert_eq!(
+        world.record.slot(SlotId::B).state,
+        SlotState::Unbootable,
+        "before anything else happens to it"
+    );
+    world.run();
+    world.ack(3);
+    world.run();
+    assert!(world.reboot_due);
+    world.reboot();
+    world.register();
+    world.run();
+    assert_eq!(world.ended(), (Phase::Succeeded, None));
+}
+
+#[test]
 fn a_confirmation_bars_a_spare_below_the_new_floor() {
     let mut world = World::new();
     world.until_reboot(

@@ -217,11 +217,8 @@ impl World {
             }
             _ => {}
         }
-        // A second command while a job is under way is one that nobody waits for.
-        if self.job.is_none() || !matches!(command, Command::InvalidateSpare { .. }) {
-            assert!(self.job.is_none(), "{command:?} beside {:?}", self.job);
-            self.job = Some(command);
-        }
+        assert!(self.job.is_none(), "{command:?} beside {:?}", self.job);
+        self.job = Some(command);
     }
 
     /// Does what the job under way is for, but tells nobody.
@@ -275,7 +272,7 @@ impl World {
         self.end_job(job, Err(trouble));
     }
 
-    fn end_job(&mut self, job: JobId, result: Result<(), Trouble>) {
+    pub fn end_job(&mut self, job: JobId, result: Result<(), Trouble>) {
         let boot = Some(Box::new(
             self.record.view(self.boot_id.to_string(), self.running),
         ));
