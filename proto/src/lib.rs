@@ -15,3 +15,6 @@ pub mod v1 {
     pub const FILE_DESCRIPTOR_SET: &[u8] =
         include_bytes!(concat!(env!("OUT_DIR"), "/fwpush.v1.bin"));
 }
+
+#[cfg(test)]
+mod tests;
