@@ -1,7 +1,7 @@
 //! Where an installation lies: finding `fwpush.toml`, and what the operator's one says.
 
 use std::{
-    env, fs,
+    env, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -87,6 +87,9 @@ pub fn chosen_dir(dir: Option<&Path>) -> Option<PathBuf> {
 fn find_operator_config(dir: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = chosen_dir(dir) {
         return operator_config_of(&dir).ok_or_else(|| {
+            if let Some(hidden) = hidden(&dir) {
+                return hidden;
+            }
             Failure::usage(format!("{} has no operator/{FILE_NAME}", dir.display()))
                 .next("Give --dir (or FWPUSH_DIR) the directory that `fwpush init` made, or its operator/ part.")
         });
@@ -103,6 +106,17 @@ fn find_operator_config(dir: Option<&Path>) -> Result<PathBuf> {
             ))
             .next("Give --dir DIR, set FWPUSH_DIR, or make an installation with `fwpush init DIR`.")
         })
+}
+
+/// The failure where nobody may look into `dir`: what it holds is not known.
+fn hidden(dir: &Path) -> Option<Failure> {
+    let error = fs::metadata(dir.join(FILE_NAME)).err()?;
+    let denied = error.kind() == io::ErrorKind::PermissionDenied;
+    denied.then(|| {
+        Failure::from_error(error)
+            .doing(format!("look into {}", dir.display()))
+            .as_usage()
+    })
 }
 
 /// The operator's configuration in a directory made by `init`, in its `operator` part, or beside its `server` part.
@@ -131,8 +145,11 @@ pub fn find_server_config(dir: Option<&Path>, explicit: Option<&Path>) -> Result
     };
     if let Some(dir) = chosen_dir(dir) {
         return of(&dir).ok_or_else(|| {
+            if let Some(hidden) = hidden(&dir) {
+                return hidden;
+            }
             Failure::usage(format!("{} has no server/{FILE_NAME}", dir.display()))
-                .next("Give --dir the directory that `fwpush init` made, or --config FILE.")
+                .next("Give --dir (or FWPUSH_DIR) the directory that `fwpush init` made, or its server/ part.")
         });
     }
     let here = env::current_dir().map_err(|error| {
@@ -143,16 +160,17 @@ pub fn find_server_config(dir: Option<&Path>, explicit: Option<&Path>) -> Result
             "no server's {FILE_NAME} in {} or above",
             here.display()
         ))
-        .next("Give --dir DIR or --config FILE, or make an installation with `fwpush init DIR`.")
+        .next("Give --dir DIR, set FWPUSH_DIR, or make an installation with `fwpush init DIR`.")
     })
 }
 
-/// Whether a `fwpush.toml` is a server's: only those have `[listen]`. A file that cannot be read is not.
+/// Whether a `fwpush.toml` is a server's: only those have `[listen]`. A file that cannot be read is not; one with a mistake in it may
+/// be, so that reading it tells the mistake.
 fn is_server_config(path: &Path) -> bool {
-    fs::read_to_string(path)
-        .ok()
-        .and_then(|text| text.parse::<toml::Table>().ok())
-        .is_some_and(|table| table.contains_key("listen"))
+    fs::read_to_string(path).is_ok_and(|text| match text.parse::<toml::Table>() {
+        Ok(table) => table.contains_key("listen"),
+        Err(_) => text.lines().any(|line| line.trim() == "[listen]"),
+    })
 }
 
 /// The directory with the offline keys, if it lies beside the operator's configuration.
@@ -205,6 +223,19 @@ mod tests {
         }
         assert!(offline_dir(Some(dir.path())).is_some());
         assert!(offline_dir(Some(&dir.path().join("operator"))).is_some());
+    }
+
+    #[test]
+    fn a_servers_configuration_with_a_mistake_is_found_all_the_same() {
+        let dir = installation();
+        let path = dir.path().join("server").join(FILE_NAME);
+        fs::write(&path, format!("{SERVER}oops\n")).unwrap();
+        for part in ["", "server"] {
+            assert!(
+                find_server_config(Some(&dir.path().join(part)), None).is_ok(),
+                "from {part:?}"
+            );
+        }
     }
 
     #[test]

@@ -66,10 +66,16 @@ async fn migrate(context: &Context, args: &DbMigrate) -> Result<()> {
     let carried = carry(&from, &to, told).await;
     bar.finish_and_clear();
     let carried = carried.map_err(|error| explain(error, &to))?;
-    print(context, &from, &to, &carried)
+    print(context, &from, &to, &carried, args.password_file.is_some())
 }
 
-fn print(context: &Context, from: &Place, to: &Place, carried: &Carried) -> Result<()> {
+fn print(
+    context: &Context,
+    from: &Place,
+    to: &Place,
+    carried: &Carried,
+    password: bool,
+) -> Result<()> {
     let rows: u64 = carried.tables.iter().map(|table| table.rows).sum();
     context.out.data(
         || {
@@ -91,7 +97,8 @@ fn print(context: &Context, from: &Place, to: &Place, carried: &Carried) -> Resu
                     plural(carried.tables.len() as u64, "table"),
                 )
             };
-            format!("{done}Next: set `url = \"{to}\"` in [database] of the server's fwpush.toml, then fwpush serve\n")
+            let password = if password { " and `password_file`" } else { "" };
+            format!("{done}Next: set `url = \"{to}\"`{password} in [database] of the server's fwpush.toml,\n      then fwpush serve\n")
         },
     )
 }

@@ -105,7 +105,7 @@ async fn one(context: &Context, args: &DeviceAdd, out: &Path) -> Result<()> {
         || {
             let (id, dir, config) = (&args.id, out.display(), config.display());
             format!(
-                "Added device {id}. {dir} has its key and all that the agent needs.\nNext: fwpush-device --config {config}\n"
+                "Added device {id}. Directory {dir} has its key and all that the agent needs.\nNext: fwpush-device --config {config}\n"
             )
         },
     )

@@ -86,7 +86,7 @@ impl Failure {
 
     /// Writes the failure for a person. Whatever a server or a file put into the words cannot steer the terminal.
     pub fn report(&self, to: &mut impl io::Write) -> io::Result<()> {
-        writeln!(to, "error: {}", escape_lines(&format!("{:#}", self.cause)))?;
+        writeln!(to, "error: {}", escape_lines(&self.to_string()))?;
         if let Some(next) = self.next.as_deref().or_else(|| self.obvious_next()) {
             writeln!(
                 to,
@@ -119,8 +119,28 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#}", self.cause)
+        f.write_str(&chain(&self.cause))
     }
+}
+
+/// An error and its causes, without what the words before have said already: errors of libraries repeat their causes, and an
+/// operation may be named at two levels.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    let mut last = String::new();
+    for cause in error.chain() {
+        let words = cause.to_string().trim_end_matches('\n').to_owned();
+        if text.is_empty() {
+            text.clone_from(&words);
+        } else if let Some(more) = words.strip_prefix(&last) {
+            text.push_str(more);
+        } else if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        last = words;
+    }
+    text
 }
 
 /// Turns any error into a [`Failure`] by naming the operation it ended.
@@ -177,6 +197,29 @@ mod tests {
             "error: read a.key: no such file\n next: give --key FILE\n"
         );
         assert_eq!(failure.exit(), Exit::Failed);
+    }
+
+    #[test]
+    fn nothing_is_said_twice() {
+        let shown = |causes: &[&'static str]| {
+            let (innermost, outer) = causes.split_last().unwrap();
+            let error = outer
+                .iter()
+                .rev()
+                .fold(anyhow::anyhow!(*innermost), |error, words| {
+                    error.context(*words)
+                });
+            Failure::from_error(error).to_string()
+        };
+        assert_eq!(
+            shown(&["read a.toml", "no key `b`"]),
+            "read a.toml: no key `b`"
+        );
+        assert_eq!(shown(&["a.toml: line 1\n", "line 1\n"]), "a.toml: line 1");
+        assert_eq!(
+            shown(&["start", "open the file", "open the file: it is gone"]),
+            "start: open the file: it is gone"
+        );
     }
 
     #[test]

@@ -214,6 +214,8 @@ mod tests {
                 .get_after_help()
                 .map(ToString::to_string)
                 .unwrap_or_default();
+            // A long example goes on in the next line.
+            let help = help.replace("\\\n    ", "");
             let lines = help
                 .lines()
                 .map(str::trim)

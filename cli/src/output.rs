@@ -11,7 +11,10 @@ use std::{
 use fwpush_keys::time::Timestamp;
 use serde_json::Value;
 
-use crate::failure::{Doing as _, Result};
+use crate::{
+    failure::{Doing as _, Result},
+    progress,
+};
 
 /// Where a command's data goes, and in which form.
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +36,10 @@ impl Output {
 
     /// Says something to the person: on stderr, so that stdout stays data.
     pub fn say(&self, words: &str) {
-        // Nowhere to tell that telling failed.
-        let _ = writeln!(io::stderr(), "{}", escape_lines(words));
+        progress::above_bars(|| {
+            // Nowhere to tell that telling failed.
+            let _ = writeln!(io::stderr(), "{}", escape_lines(words));
+        });
     }
 }
 

@@ -1,6 +1,9 @@
 //! What a person sees while something takes time, on stderr: bars on a terminal, now and then a line elsewhere.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use fwpush_proto::v1::{Phase, Rollout};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -9,6 +12,22 @@ use crate::output::{bytes, escape};
 
 /// Without a terminal, lines come at most this often.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The bars that are on the terminal now.
+static SHOWN: Mutex<Option<MultiProgress>> = Mutex::new(None);
+
+fn shown() -> std::sync::MutexGuard<'static, Option<MultiProgress>> {
+    SHOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes to the terminal where the bars, if there are any, do not overwrite it.
+pub fn above_bars<R>(write: impl FnOnce() -> R) -> R {
+    let bars = shown().clone();
+    match bars {
+        Some(bars) => bars.suspend(write),
+        None => write(),
+    }
+}
 
 /// The phases that every update goes through: each has its bar from the start.
 const USUAL: [Phase; 9] = [
@@ -107,6 +126,7 @@ impl Board {
                 at: None,
             }
         } else {
+            *shown() = Some(all.clone());
             let bars = USUAL
                 .iter()
                 .map(|&phase| (phase, phase_bar(&all, phase)))
@@ -154,14 +174,27 @@ impl Board {
         }
     }
 
-    /// Shows the last state and leaves it standing.
+    /// Shows the last state and leaves of it standing what has devices.
     pub fn finish(mut self, rollout: &Rollout) {
         if let Form::Lines { at, .. } = &mut self.form {
             *at = None;
         }
         self.show(rollout);
         if let Form::Bars { bars, .. } = &self.form {
-            bars.iter().for_each(|(_, bar)| bar.abandon());
+            for (phase, bar) in bars {
+                match count(rollout, *phase) {
+                    0 => bar.finish_and_clear(),
+                    _ => bar.abandon(),
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Board {
+    fn drop(&mut self) {
+        if matches!(self.form, Form::Bars { .. }) {
+            *shown() = None;
         }
     }
 }
@@ -187,6 +220,16 @@ fn bytes_words(rollout: &Rollout) -> String {
 
 /// `3 downloading, 7 succeeded of 10; 24 MiB of 80 MiB`.
 pub fn line(rollout: &Rollout) -> String {
+    let mut line = devices(rollout);
+    if rollout.bytes_total > 0 {
+        line.push_str("; ");
+        line.push_str(&bytes_words(rollout));
+    }
+    line
+}
+
+/// `3 downloading, 7 succeeded of 10`.
+pub fn devices(rollout: &Rollout) -> String {
     let parts: Vec<String> = USUAL
         .iter()
         .chain(&UNUSUAL)
@@ -199,12 +242,7 @@ pub fn line(rollout: &Rollout) -> String {
     } else {
         parts.join(", ")
     };
-    let mut line = format!("{devices} of {}", rollout.targeted);
-    if rollout.bytes_total > 0 {
-        line.push_str("; ");
-        line.push_str(&bytes_words(rollout));
-    }
-    line
+    format!("{devices} of {}", rollout.targeted)
 }
 
 #[cfg(test)]
@@ -239,6 +277,7 @@ mod tests {
             bytes_total: 8 << 20,
             ..Rollout::default()
         };
+        assert_eq!(devices(&rollout), "3 downloading, 1 rolled back of 10");
         assert_eq!(
             line(&rollout),
             "3 downloading, 1 rolled back of 10; 1.00 MiB of 8.00 MiB"

@@ -272,10 +272,10 @@ pub async fn begin(
         )
         .next(format!("The reasons stand above. Later: {later}")));
     }
-    if let Some(warning) = all_at_once(start, &preview) {
-        context.out.say(&warning);
-    }
     if start.consent == Consent::Ask {
+        if let Some(warning) = all_at_once(start, &preview) {
+            context.out.say(&warning);
+        }
         let verb = if start.action == Action::Rollback {
             "Roll back"
         } else {

@@ -153,8 +153,9 @@ pub fn init_log(format: LogFormat) -> Result<()> {
         Some((name, text)) => EnvFilter::try_new(text).map_err(|error| {
             Failure::usage(format!("{name}: {error}")).next("For example FWPUSH_LOG=info.")
         })?,
-        // Each try of a bucket that is away would be a line; ours says when it goes and when it is back.
-        None => EnvFilter::new("info,object_store=warn"),
+        // Each try of a bucket that is away would be a line; ours says when it goes and when it is back. PostgreSQL remarks at
+        // each start that a table is there already.
+        None => EnvFilter::new("info,object_store=warn,sqlx=warn"),
     };
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -52,13 +52,13 @@ enum Command {
 }
 
 const HELP: &str = "\
-Example:
+Examples:
   fwpush-device --config dev-1/agent.toml
   fwpush-device --config dev-1/agent.toml status --json
   fwpush-device --config dev-1/agent.toml install gateway-1.1.0.fwb
 
-Exit codes: 0 done, 1 other failure, 2 configuration, 3 identity refused (--once), 4 state or slots unusable,
-5 rolled back (--once, install), 10 reboot due (--once, install).
+Exit codes: 0 done, 1 other failure, 2 configuration, 3 identity refused (--once),
+4 state or slots unusable, 5 rolled back (--once, install), 10 reboot due (--once, install).
 FWPUSH_LOG sets what is logged, such as \"debug\" or \"warn,fwpush_device=info\".";
 
 const INSTALL_HELP: &str = "\

@@ -74,13 +74,15 @@ pub async fn watch(
             () = stop.cancelled() => return,
             _ = round.tick() => {}
         }
+        // At the start Redis is neither there nor away.
+        let tried = route.redis_was_tried();
         let (database, files, redis) =
             tokio::join!(database(&db), files(&store), route.check_redis());
         if let Some(answer) = database {
             note(&health, Engine::Database, answer).await;
         }
         note(&health, Engine::Files, files).await;
-        if let Some(answer) = redis {
+        if let Some(answer) = redis.filter(|_| tried) {
             note(&health, Engine::Redis, answer).await;
         }
     }

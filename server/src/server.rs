@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io,
     net::SocketAddr,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -523,6 +524,7 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
         .create(true)
         .truncate(false)
         .write(true)
+        .mode(0o600)
         .open(&path)
         .map_err(failed)?;
     match file.try_lock() {

@@ -8,7 +8,8 @@ use clap::{Args, Subcommand};
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Example:
-  fwpush db migrate --from sqlite:fw/server/data/fwpush.db --to postgres://fwpush@db.example/fwpush")]
+  fwpush db migrate --from sqlite:fw/server/data/fwpush.db \\
+    --to postgres://fwpush@db.example/fwpush")]
 pub struct DbArgs {
     #[command(subcommand)]
     pub command: DbCommand,
@@ -26,8 +27,10 @@ pub enum DbCommand {
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
-  fwpush db migrate --from sqlite:fw/server/data/fwpush.db --to postgres://fwpush@/fwpush?host=/run/postgresql
-  fwpush db migrate --from sqlite:fw/server/data/fwpush.db --to postgres://fwpush@db.example/fwpush --password-file db.pass")]
+  fwpush db migrate --from sqlite:fw/server/data/fwpush.db \\
+    --to 'postgres://fwpush@/fwpush?host=/run/postgresql'
+  fwpush db migrate --from sqlite:fw/server/data/fwpush.db \\
+    --to postgres://fwpush@db.example/fwpush --password-file db.password")]
 pub struct DbMigrate {
     /// Database of the stopped server
     #[arg(long, value_name = "sqlite:PATH")]

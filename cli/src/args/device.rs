@@ -61,6 +61,7 @@ pub struct DeviceList {
 Example:
   fwpush device show gw-1")]
 pub struct DeviceShow {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 }
@@ -84,6 +85,7 @@ pub struct DeviceAdd {
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 
+    /// Product that it is: one that the trust root names
     #[arg(long, value_name = "P")]
     pub product: Product,
 
@@ -103,7 +105,7 @@ pub struct DeviceAdd {
     #[arg(long, value_name = "DIR", group = "where")]
     pub out: Option<PathBuf>,
 
-    /// Life of the certificate
+    /// Life of the certificate, in days
     #[arg(long, default_value_t = 3_650, value_parser = clap::value_parser!(u32).range(1..=10_950), value_name = "N")]
     pub days: u32,
 
@@ -134,6 +136,7 @@ pub struct DeviceAdd {
 Example:
   fwpush device block gw-1 --reason 'stolen, ticket 4711'")]
 pub struct DeviceBlock {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 
@@ -148,6 +151,7 @@ pub struct DeviceBlock {
 Example:
   fwpush device unblock gw-1")]
 pub struct DeviceUnblock {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 }
@@ -158,6 +162,7 @@ pub struct DeviceUnblock {
 Example:
   fwpush device remove gw-1 --yes")]
 pub struct DeviceRemove {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 
@@ -172,10 +177,11 @@ pub struct DeviceRemove {
 Example:
   fwpush device text gw-1 'maintenance at 22:00'")]
 pub struct DeviceText {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 
-    /// At most 4 KiB
+    /// What to say, at most 4 KiB
     #[arg(value_name = "WORDS")]
     pub text: String,
 }
@@ -188,6 +194,7 @@ pub struct DeviceText {
 Example:
   fwpush device ping gw-1")]
 pub struct DevicePing {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 }
@@ -203,6 +210,7 @@ Examples:
   fwpush device events gw-1 --none"
 )]
 pub struct DeviceEvents {
+    /// Id of the device
     #[arg(value_name = "ID")]
     pub id: DeviceId,
 

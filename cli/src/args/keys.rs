@@ -63,7 +63,8 @@ pub struct KeysNewReleaseKey {
 #[command(after_help = "\
 Examples:
   fwpush keys rotate-root --add-product meter --out 2.root.json
-  fwpush keys rotate-root --add-release-key release-2.key.pub --remove-release-key KEYID --out 2.root.json
+  fwpush keys rotate-root --add-release-key release-2.key.pub \\
+    --remove-release-key KEYID --out 2.root.json
   fwpush keys publish 2.root.json")]
 pub struct KeysRotateRoot {
     /// Present root [default: the newest of the server, else the operator's root.json]
@@ -135,10 +136,12 @@ pub struct KeysRotateRoot {
     group = ArgGroup::new("what").required(true).multiple(true),
     after_help = "\
 Examples:
-  fwpush keys revoke --product gateway --release ID='wrong bootloader' --out gateway.revocation.json
+  fwpush keys revoke --product gateway --release ID='wrong bootloader' --out revoked.json
+  fwpush keys publish revoked.json
   fwpush keys revoke --product gateway --min-security-counter 3 --publish"
 )]
 pub struct KeysRevoke {
+    /// Product of the list
     #[arg(long, value_name = "P")]
     pub product: Product,
 
@@ -172,6 +175,7 @@ pub struct KeysRevoke {
 Example:
   fwpush keys sign 2.root.json --key root-2.key")]
 pub struct KeysSign {
+    /// Document to sign
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
@@ -186,6 +190,7 @@ Examples:
   fwpush keys verify 2.root.json --root 1.root.json
   fwpush keys verify gw-1.1.0.json")]
 pub struct KeysVerify {
+    /// Document to check
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 
@@ -200,6 +205,7 @@ pub struct KeysVerify {
 Example:
   fwpush keys publish 2.root.json")]
 pub struct KeysPublish {
+    /// Signed document
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
 }

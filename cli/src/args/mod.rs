@@ -41,11 +41,11 @@ Examples:
 )]
 pub struct Cli {
     /// Directory made by `fwpush init` (or its server/ or operator/ part)
-    #[arg(long, global = true, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR", display_order = 900)]
     pub dir: Option<PathBuf>,
 
     /// Print data as one JSON document on standard output
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 901)]
     pub json: bool,
 
     #[command(subcommand)]
@@ -120,7 +120,8 @@ pub struct DemoArgs {
 #[command(after_help = "\
 Examples:
   fwpush init fw
-  fwpush init fw --trust-domain acme --server-name fw.acme.example --product gateway --product meter")]
+  fwpush init fw --trust-domain acme --server-name fw.acme.example \\
+    --product gateway --product meter")]
 pub struct InitArgs {
     /// Directory to make; refused when it holds an installation
     #[arg(value_name = "DIR")]
@@ -219,4 +220,38 @@ pub struct RestoreArgs {
     /// Move what is there aside first
     #[arg(long)]
     pub force: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    /// Wider lines of a help are folded, and a folded example cannot be pasted.
+    const COLUMNS: usize = 100;
+
+    fn check(command: &clap::Command, path: &str) {
+        for argument in command.get_arguments() {
+            assert!(
+                argument.get_help().is_some(),
+                "{path}: {} has no words",
+                argument.get_id()
+            );
+        }
+        let examples = command.get_after_help().map(ToString::to_string);
+        let examples = examples.unwrap_or_default();
+        assert!(examples.contains("  fwpush "), "{path} has no example");
+        for line in examples.lines() {
+            assert!(line.len() <= COLUMNS, "{path}: {line}");
+        }
+        for below in command.get_subcommands() {
+            check(below, &format!("{path} {}", below.get_name()));
+        }
+    }
+
+    #[test]
+    fn every_command_has_an_example_and_every_argument_has_words() {
+        check(&Cli::command(), "fwpush");
+    }
 }

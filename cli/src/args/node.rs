@@ -29,7 +29,8 @@ pub enum NodeCommand {
 #[command(after_help = "\
 Examples:
   fwpush node add node-2 --dir fw --server-name fw-2.example.com --out fw-2
-  fwpush node add node-3 --dir fw --offline /media/keys/offline --server-name fw.example.com --server-name 10.0.0.13 --out fw-3")]
+  fwpush node add node-3 --dir fw --offline /media/keys/offline \\
+    --server-name fw.example.com --server-name 10.0.0.13 --out fw-3")]
 pub struct NodeAdd {
     /// Id of the new node: another than every other node's
     #[arg(value_name = "ID")]
@@ -76,7 +77,8 @@ pub struct NodeAdd {
 #[command(after_help = "\
 Examples:
   fwpush node renew --dir fw
-  fwpush node renew --dir fw --server-name fw-1.example.com --server-name updates.example.com
+  fwpush node renew --dir fw --server-name fw-1.example.com \\
+    --server-name updates.example.com
   fwpush node renew node.crt --offline /media/keys/offline")]
 pub struct NodeRenew {
     /// Certificate of the node [default: that of DIR/server]

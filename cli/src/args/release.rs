@@ -232,7 +232,8 @@ pub struct ReleasePublish {
 Examples:
   fwpush release bundle 0190d7a2-7e4a-7c52-a05a-1f4f0d7f3b11 --out gw-1.1.0.fwb
   fwpush release bundle --manifest gw-1.1.0.json --image gw-1.1.0.img --out gw-1.1.0.fwb
-  fwpush release bundle --manifest gw.json --image gw.img --root 2.root.json --revocation revoked.json --out gw.fwb
+  fwpush release bundle --manifest gw.json --image gw.img \\
+    --root 2.root.json --revocation revoked.json --out gw.fwb
 
 A device follows roots one by one: give all since the one that is built into the oldest device.
 With a release ID they come from the server, as do the revocation list and the image."

@@ -45,6 +45,7 @@ Examples:
   fwpush rollout show ID --follow
   fwpush rollout show ID --phase failed")]
 pub struct RolloutShow {
+    /// Id of the rollout
     #[arg(value_name = "ID")]
     pub id: RolloutId,
 
@@ -107,6 +108,7 @@ pub struct RolloutStart {
 Example:
   fwpush rollout abort ID --yes")]
 pub struct RolloutAbort {
+    /// Id of the rollout
     #[arg(value_name = "ID")]
     pub id: RolloutId,
 

@@ -16,7 +16,7 @@ use fwpush_services::{Error, Kept, Options, Postgres, Redis, RedisOptions, own_h
 use semver::Version;
 use tokio::{net::TcpStream, time::Instant};
 
-use super::{limits, site::PORTS};
+use super::{limits, site::Ports};
 use crate::{
     config::FILE_NAME,
     disk,
@@ -65,11 +65,12 @@ struct Node {
     process: Kept,
 }
 
-/// Where a node is: on a loopback host of its own, so that its ports are free and stay so while it is away.
+/// Where a node is: on a loopback host of its own, so that its ports stay free while it is away.
 #[derive(Clone, Debug)]
 pub struct Place {
     pub id: NodeId,
     pub host: Ipv4Addr,
+    pub ports: Ports,
     /// Holds `server/`.
     dir: PathBuf,
     log: PathBuf,
@@ -141,8 +142,10 @@ fn missing_packages(errors: &[Option<&Error>]) -> Option<Failure> {
 pub fn places(dir: &Path, count: u32) -> Result<Vec<Place>> {
     let place = |number: u32| {
         let name = format!("node-{number}");
+        let host = own_host();
         Ok(Place {
-            host: own_host(),
+            host,
+            ports: Ports::free(host).doing(|| format!("find free ports for {name}"))?,
             dir: match number {
                 1 => dir.to_owned(),
                 _ => dir.join("nodes").join(&name),
@@ -202,7 +205,7 @@ impl Cluster {
         let mut running = Vec::new();
         for node in &mut self.nodes {
             if node.ended()?.is_none() {
-                running.push((node.place.host, PORTS.metrics).into());
+                running.push((node.place.host, node.place.ports.metrics).into());
             }
         }
         Ok(running)
@@ -268,7 +271,7 @@ impl Cluster {
 
 impl Place {
     fn devices(&self) -> SocketAddr {
-        (self.host, PORTS.devices).into()
+        (self.host, self.ports.devices).into()
     }
 }
 
@@ -334,19 +337,23 @@ fn settle(place: &Place, shared: &Shared) -> Result<()> {
         toml::from_str(&text).doing(|| format!("read {}", path.display()))?;
     config.insert("node_id".to_owned(), place.id.to_string().into());
     let at = |port: u16| format!("{}:{port}", place.host);
-    let advertise: toml::Value = vec![at(PORTS.devices)].into();
+    let advertise: toml::Value = vec![at(place.ports.devices)].into();
     let spread: toml::Value = limits::RECONNECT_SPREAD_S.into();
     for (section, key, value) in [
-        ("listen", "devices", at(PORTS.devices).into()),
-        ("listen", "operators", at(PORTS.operators).into()),
-        ("listen", "metrics", at(PORTS.metrics).into()),
+        ("listen", "devices", at(place.ports.devices).into()),
+        ("listen", "operators", at(place.ports.operators).into()),
+        ("listen", "metrics", at(place.ports.metrics).into()),
         ("listen", "advertise", advertise),
         ("database", "url", shared.database_url.clone().into()),
         ("files", "url", shared.files_url.clone().into()),
         ("files", "shared", true.into()),
         ("cluster", "redis_url", shared.redis_url.clone().into()),
         ("cluster", "redis_password_file", REDIS_PASSWORD.into()),
-        ("cluster", "advertise_addr", at(PORTS.operators).into()),
+        (
+            "cluster",
+            "advertise_addr",
+            at(place.ports.operators).into(),
+        ),
         ("limits", "reconnect_spread_s", spread),
     ] {
         let section = config
@@ -436,7 +443,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let dir = home.path().join("demo");
         let places = places(&dir, 3).unwrap();
-        let args = init_args(&dir, &Model::new().unwrap(), places[0].host).unwrap();
+        let (host, ports) = (places[0].host, places[0].ports);
+        let args = init_args(&dir, &Model::new().unwrap(), host, ports).unwrap();
         crate::init::make(&args, Timestamp::now()).unwrap();
         fs::write(dir.join("server").join(REDIS_PASSWORD), "secret").unwrap();
         let shared = Shared {

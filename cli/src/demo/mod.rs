@@ -72,6 +72,7 @@ pub async fn run(context: &Context, args: &DemoArgs) -> Result<()> {
         let words = words::to_try(shown.dir.path(), &shown.image, &metrics);
         context.out.say(&words);
         interrupts.next().await;
+        context.out.say("Stopping.");
     }
     shown.fleet.stop().await;
     shown.site.servers.drain_and_stop().await;

@@ -2,7 +2,8 @@
 //! certificate for each device.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     path::Path,
 };
 
@@ -30,7 +31,7 @@ use crate::{
 };
 
 /// Stand in the files that `init` makes, until the system has chosen.
-pub const PORTS: Ports = Ports {
+const PORTS: Ports = Ports {
     devices: 7443,
     operators: 7444,
     metrics: 7445,
@@ -107,7 +108,7 @@ impl Site {
     /// address.
     pub async fn start(dir: &Path, model: &Model) -> Result<Self> {
         init::make(
-            &init_args(dir, model, Ipv4Addr::LOCALHOST)?,
+            &init_args(dir, model, Ipv4Addr::LOCALHOST, PORTS)?,
             Timestamp::now(),
         )?;
         let mut config =
@@ -138,7 +139,10 @@ impl Site {
         let Some(first) = places.first() else {
             return Err(Failure::usage("a cluster has at least one node"));
         };
-        init::make(&init_args(dir, model, first.host)?, Timestamp::now())?;
+        init::make(
+            &init_args(dir, model, first.host, first.ports)?,
+            Timestamp::now(),
+        )?;
         let cluster = Cluster::start(dir, places, engines).await?;
         Ok(Self {
             servers: Servers::Nodes(Box::new(cluster)),
@@ -209,7 +213,7 @@ async fn connect(dir: &Path) -> Result<Client> {
     Client::connect(OperatorConfig::load(&dir.join("operator").join(FILE_NAME))?).await
 }
 
-pub fn init_args(dir: &Path, model: &Model, host: Ipv4Addr) -> Result<InitArgs> {
+pub fn init_args(dir: &Path, model: &Model, host: Ipv4Addr, ports: Ports) -> Result<InitArgs> {
     let host = SanName::Ip(host.into());
     let name = || "name the demo's server".to_owned();
     Ok(InitArgs {
@@ -220,9 +224,9 @@ pub fn init_args(dir: &Path, model: &Model, host: Ipv4Addr) -> Result<InitArgs> 
         max_counter: 100,
         node_id: "node-1".parse().doing(name)?,
         operator_id: "operator-1".parse().doing(name)?,
-        device_port: PORTS.devices,
-        operator_port: PORTS.operators,
-        metrics_port: PORTS.metrics,
+        device_port: ports.devices,
+        operator_port: ports.operators,
+        metrics_port: ports.metrics,
     })
 }
 
@@ -232,6 +236,21 @@ pub struct Ports {
     pub devices: u16,
     pub operators: u16,
     pub metrics: u16,
+}
+
+impl Ports {
+    /// Three ports of `host` that are free on `0.0.0.0` too, where another server would answer for the node.
+    pub fn free(host: Ipv4Addr) -> io::Result<Self> {
+        // All held before any is given back, so that they differ.
+        let any = || TcpListener::bind((host, 0));
+        let (devices, operators, metrics) = (any()?, any()?, any()?);
+        let port = |of: &TcpListener| of.local_addr().map(|at| at.port());
+        Ok(Self {
+            devices: port(&devices)?,
+            operators: port(&operators)?,
+            metrics: port(&metrics)?,
+        })
+    }
 }
 
 /// Writes the ports that the system chose into the installation's files, so that other commands find the server, also
@@ -276,10 +295,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn free_ports_are_not_those_of_a_server_on_every_address() {
+        let host = fwpush_services::own_host();
+        let elsewhere = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+        let taken = elsewhere.local_addr().unwrap().port();
+        TcpListener::bind((host, taken)).unwrap_err();
+        let ports = Ports::free(host).unwrap();
+        let mut all = [ports.devices, ports.operators, ports.metrics, taken].to_vec();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 4, "{ports:?}");
+    }
+
+    #[test]
     fn the_files_of_the_installation_name_the_ports_that_were_taken() {
         let dir = tempfile::tempdir().unwrap();
         let model = Model::new().unwrap();
-        let args = init_args(dir.path(), &model, Ipv4Addr::LOCALHOST).unwrap();
+        let args = init_args(dir.path(), &model, Ipv4Addr::LOCALHOST, PORTS).unwrap();
         init::make(&args, Timestamp::now()).unwrap();
         let at = |port| SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         // As unlucky as can be: each is another's placeholder.

@@ -50,7 +50,7 @@ pub fn table(report: &Report, faults: Option<&Faults>, lost: Option<&Lost>) -> S
         .add(
             "downloaded",
             format!(
-                "{} of an image of {}",
+                "{} in all, the image has {}",
                 bytes(report.bytes_downloaded),
                 bytes(report.image_bytes)
             ),
@@ -132,9 +132,9 @@ pub fn to_try(dir: &Path, image: &Path, metrics: &[SocketAddr]) -> String {
         shell_word(&dir.to_string_lossy()),
         shell_word(&image.to_string_lossy()),
     );
-    let servers = match metrics.len() {
-        0 | 1 => "server",
-        _ => "servers",
+    let (servers, status) = match metrics.len() {
+        0 | 1 => ("server", String::new()),
+        _ => ("servers", format!("  {fwpush} cluster status\n")),
     };
     let metrics: String = metrics
         .iter()
@@ -144,11 +144,14 @@ pub fn to_try(dir: &Path, image: &Path, metrics: &[SocketAddr]) -> String {
         "
 The {servers} and the devices stay up until Ctrl-C. In another terminal:
 
-  {fwpush} device list --dir {dir}
-  {fwpush} device show demo-00001 --dir {dir}
-  {fwpush} rollout list --dir {dir}
-  {fwpush} release {image} --dir {dir} --product gateway --version 1.3.0 --hw board-a --to all --yes
-  {fwpush} device block demo-00001 --reason stolen --dir {dir}{metrics}"
+  export FWPUSH_DIR={dir}
+  {fwpush} device list
+  {fwpush} device show demo-00001
+  {fwpush} device ping demo-00001
+{status}  {fwpush} rollout list
+  {fwpush} release {image} \\
+    --product gateway --version 1.3.0 --hw board-a --to all --yes
+  {fwpush} device block demo-00001 --reason stolen{metrics}"
     )
 }
 
@@ -191,7 +194,7 @@ mod tests {
             "p50 12.3 ms, p99 999.9 ms, max 1.50 s",
             "p50 -, p99 -, max -",
             "4.00 s after the release",
-            "800.00 MiB of an image of 8.00 MiB",
+            "800.00 MiB in all, the image has 8.00 MiB",
             "200.00 MiB/s",
         ] {
             assert!(text.contains(part), "{part:?} in {text}");
@@ -229,6 +232,21 @@ mod tests {
 
     #[test]
     fn commands_to_try_can_be_pasted() {
+        let (dir, image) = (Path::new("/tmp/d"), Path::new("/tmp/d/fw.img"));
+        let metrics: [SocketAddr; 2] = ["127.0.0.1:1", "127.0.0.2:2"].map(|at| at.parse().unwrap());
+        let one = to_try(dir, image, &metrics[..1]);
+        assert!(one.contains("\n  export FWPUSH_DIR=/tmp/d\n"), "{one}");
+        assert!(
+            one.contains(" release /tmp/d/fw.img \\\n    --product"),
+            "{one}"
+        );
+        assert!(
+            one.ends_with("\n  curl http://127.0.0.1:1/metrics"),
+            "{one}"
+        );
+        assert!(!one.contains("cluster status"), "{one}");
+        let two = to_try(dir, image, &metrics);
+        assert!(two.contains(" cluster status\n"), "{two}");
         assert_eq!(shell_word("/tmp/fwpush-demo-1a"), "/tmp/fwpush-demo-1a");
         assert_eq!(shell_word("/tmp/it's here"), r"'/tmp/it'\''s here'");
         assert_eq!(shell_word(""), "''");

@@ -78,13 +78,14 @@ fn words(args: &InitArgs, made: &Installation) -> String {
         .collect();
     let names: Vec<String> = made.names.iter().map(ToString::to_string).collect();
     let mut text = format!(
-        "Made an installation of trust domain {domain} with products {products}.
+        "Made an installation of trust domain {domain}, product {products}.
 
   {dir}/server    for the server's machine; start it with `fwpush serve --dir {dir}`
   {dir}/operator  for the machine you release from
-  {dir}/offline   root, release and authority keys: move them to a medium that you keep in a safe place.
-{pad}The server never needs them. Releases need release-1.key, new trust
-{pad}documents need {ROOT_THRESHOLD} of the {ROOT_KEYS} root keys, new servers and operators need the authorities'.
+  {dir}/offline   root, release and authority keys: move them to a medium that
+{pad}you keep in a safe place. The server never needs them. Releases
+{pad}need release-1.key, new trust documents {ROOT_THRESHOLD} of the {ROOT_KEYS} root keys,
+{pad}new servers and operators the authorities' keys.
 
 The server's certificate is for {names}.
 Devices are told to connect to {advertised}.
@@ -112,6 +113,7 @@ Devices are told to connect to {advertised}.
 /// nothing behind.
 pub fn make(args: &InitArgs, now: Timestamp) -> Result<Installation> {
     let dir = &args.target;
+    refuse_one_port_for_two(args)?;
     refuse_existing(dir, &PARTS)?;
     disk::private_dir(dir)?;
     let build = tempfile::Builder::new()
@@ -160,6 +162,25 @@ pub fn make(args: &InitArgs, now: Timestamp) -> Result<Installation> {
         names,
         root,
     })
+}
+
+/// Each listener needs a port of its own; 0 is whatever is free.
+fn refuse_one_port_for_two(args: &InitArgs) -> Result<()> {
+    let [devices, operators, metrics] = [args.device_port, args.operator_port, args.metrics_port];
+    let taken = [
+        (devices, operators),
+        (devices, metrics),
+        (operators, metrics),
+    ]
+    .into_iter()
+    .find(|(one, other)| one == other && *one != 0);
+    match taken {
+        None => Ok(()),
+        Some((port, _)) => Err(
+            Failure::usage(format!("port {port} is given to two listeners"))
+                .next("Give --device-port, --operator-port and --metrics-port a port each."),
+        ),
+    }
 }
 
 /// Refuses a directory that is a part of an installation or has any of these, and names the file.
@@ -477,6 +498,25 @@ mod tests {
             limits.reconnect_spread_s,
             server_limits::RECONNECT_SPREAD.as_secs()
         );
+    }
+
+    #[test]
+    fn every_listener_has_a_port_of_its_own() {
+        let home = tempfile::tempdir().unwrap();
+        let dir = home.path().join("fw");
+        let failure = make(&args(&dir, &["--metrics-port", "7444"]), Timestamp::now()).unwrap_err();
+        assert_eq!(failure.exit(), crate::failure::Exit::Usage);
+        assert!(failure.to_string().contains("port 7444"), "{failure}");
+        assert!(!dir.exists());
+        let any = [
+            "--device-port",
+            "0",
+            "--operator-port",
+            "0",
+            "--metrics-port",
+            "0",
+        ];
+        make(&args(&dir, &any), Timestamp::now()).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     output::{Facts, Table, json_time, plural, time},
-    progress::{line, phase_id, phase_words},
+    progress::{devices, line, phase_id, phase_words},
     values::hw_words,
 };
 
@@ -86,7 +86,10 @@ pub fn rollouts_text(rollouts: &[Rollout]) -> String {
             rollout.version.clone(),
             state_words(rollout.state()),
             time(rollout.created_at_ms),
-            line(rollout),
+            match rollout.state() {
+                RolloutState::Active => line(rollout),
+                _ => devices(rollout),
+            },
         ]);
     }
     table.or("No rollouts. Start one with `fwpush release FILE`.")

@@ -391,6 +391,13 @@ impl Route {
         self.cluster.as_ref().map(|cluster| &cluster.redis.place)
     }
 
+    /// Whether it is known if Redis is there: not until the first try to connect has ended.
+    pub fn redis_was_tried(&self) -> bool {
+        self.cluster
+            .as_ref()
+            .is_some_and(|cluster| cluster.redis.was_tried())
+    }
+
     /// How long Redis takes for a small question, or in words why it does not answer; None: this server is alone.
     pub async fn check_redis(&self) -> Option<Result<Duration, String>> {
         let redis = &self.cluster.as_ref()?.redis;

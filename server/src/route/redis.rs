@@ -59,6 +59,9 @@ impl Scripts {
     }
 }
 
+/// The problem before there was a try.
+const NOT_TRIED: &str = "not connected yet";
+
 /// The server and the connection that everything but blocking reads shares.
 #[derive(Debug)]
 pub(super) struct Redis {
@@ -83,7 +86,7 @@ impl Redis {
             place,
             scripts,
             connection: ArcSwapOption::empty(),
-            problem: Mutex::new(Some("not connected yet".to_owned())),
+            problem: Mutex::new(Some(NOT_TRIED.to_owned())),
             lost: Notify::new(),
         }
     }
@@ -142,6 +145,11 @@ impl Redis {
     /// Completes when the connection was given up; at once if it was since the last call.
     pub(super) async fn lost(&self) {
         self.lost.notified().await;
+    }
+
+    /// Whether the first try to connect has ended.
+    pub(super) fn was_tried(&self) -> bool {
+        self.problem().as_deref() != Some(NOT_TRIED)
     }
 
     /// How long one small question takes.

@@ -1,7 +1,7 @@
 //! SQLite: one writer connection, so writers queue here and never meet `SQLITE_BUSY` among themselves, and a few readers, which
 //! in WAL mode neither wait for the writer nor hold it up.
 
-use std::path::Path;
+use std::{fs::File, io, os::unix::fs::OpenOptionsExt as _, path::Path};
 
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Sqlite, SqlitePool,
@@ -32,6 +32,7 @@ impl SqliteEngine {
             std::fs::create_dir_all(parent)
                 .map_err(|error| DbError::of_sqlite(OPEN, sqlx::Error::Io(error)))?;
         }
+        create_private(path).map_err(|error| DbError::of_sqlite(OPEN, sqlx::Error::Io(error)))?;
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
@@ -44,7 +45,7 @@ impl SqliteEngine {
             .pragma("journal_size_limit", limits::DB_WAL_BYTES.to_string())
             .pragma("temp_store", "MEMORY")
             .disable_statement_logging();
-        // The writer first: it creates the file and turns WAL on.
+        // The writer first: it turns WAL on.
         let writer = pool(1)
             .connect_with(options.clone())
             .await
@@ -96,6 +97,19 @@ impl SqliteEngine {
     }
 }
 
+/// Makes the file where it is missing, for nobody else to read; those that SQLite puts beside it get the same mode.
+fn create_private(path: &Path) -> io::Result<()> {
+    let created = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    match created {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn pool(connections: u32) -> SqlitePoolOptions {
     SqlitePoolOptions::new()
         .min_connections(connections)
@@ -131,4 +145,33 @@ pub(super) fn query(
     params: Vec<Param>,
 ) -> sqlx::query::Query<'static, Sqlite, SqliteArguments> {
     sqlx::query_with(AssertSqlSafe(sql), bind(params))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn its_files_are_for_their_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = SqliteEngine::open(&dir.path().join("fwpush.db"))
+            .await
+            .unwrap();
+        let mut transaction = engine.begin().await.unwrap();
+        sqlx::query("CREATE TABLE t (a)")
+            .execute(&mut *transaction)
+            .await
+            .unwrap();
+        transaction.commit().await.unwrap();
+        let files: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert!(files.len() >= 2, "{files:?}");
+        for file in files {
+            let file = file.unwrap();
+            let mode = file.metadata().unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode, 0o600, "{file:?}");
+        }
+        engine.close().await;
+    }
 }
