@@ -50,13 +50,13 @@ pub const OTHER_FILES: u64 = 256;
 /// One message from the server: a notice with an envelope of 64 KiB, and room.
 pub const MESSAGE_BYTES: usize = 256 << 10;
 
-/// HTTP/2 windows of every client that downloads: enough for one core to be the bound, not the round trip.
-pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
-pub const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 windows of every client that downloads: enough for one core to be the bound, not the round trip; and little enough that
+/// what is on its way stays in the cache of that core, and glibc gives none of it back to have it faulted in anew.
+pub const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+pub const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
 
-/// Frames, and the chunks that the verifying device asks for. Of a megabyte they are out of the cache before the last byte is
-/// there, and glibc gives the memory of each back and has it faulted in anew.
-pub const FRAME_BYTES: u32 = 256 << 10;
+/// Frames of every client that downloads, and the chunks that the verifying device asks for; for the same reasons.
+pub const FRAME_BYTES: u32 = 64 << 10;
 pub const DEVICE_CHUNK_BYTES: u32 = 256 << 10;
 
 /// One chunk of an upload, the server's bound.

@@ -91,7 +91,7 @@ pub async fn pull(
     ))
 }
 
-/// A runtime of its own, as in fwpush-device; a profiler can tell its threads from the clients'.
+/// A runtime of its own, with one worker as in fwpush-device; a profiler can tell its thread from the clients'.
 struct DeviceRuntime {
     handle: Handle,
     runtime: Option<Runtime>,
@@ -100,7 +100,7 @@ struct DeviceRuntime {
 impl DeviceRuntime {
     fn start() -> Result<Self> {
         let mut builder = tokio::runtime::Builder::new_multi_thread();
-        builder.worker_threads(2).thread_name("device").enable_all();
+        builder.worker_threads(1).thread_name("device").enable_all();
         let runtime = builder.build().context("start the device's runtime")?;
         Ok(Self {
             handle: runtime.handle().clone(),

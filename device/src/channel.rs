@@ -48,6 +48,8 @@ impl Dial for TcpDial {
             let name = server_name(server)?;
             let tcp = TcpStream::connect(server).await?;
             tcp.set_nodelay(true)?;
+            // rustls asks for 4 KiB at a time: a call to the system for each would be five a record.
+            let tcp = BufReader::with_capacity(limits::TCP_READ_BYTES, tcp);
             let stream = tokio_rustls::TlsConnector::from(tls)
                 .connect(name, tcp)
                 .await?;

@@ -154,6 +154,8 @@ pub const WINDOW_BYTES_MAX: u32 = 64 * 1024 * 1024;
 /// h2 flushes once a DATA frame; larger frames cost fewer wake-ups. 16 KiB to 16 MiB by RFC 9113.
 pub const MAX_FRAME_BYTES: u32 = 256 * 1024;
 pub const FRAME_BYTES_RANGE: std::ops::RangeInclusive<u32> = 16 * 1024..=1024 * 1024;
+/// Taken out of a socket at once: four TLS records.
+pub const TCP_READ_BYTES: usize = 64 * 1024;
 /// `FileChunk.content`: larger chunks cost less, smaller ones less memory.
 pub const CHUNK_BYTES: u32 = 256 * 1024;
 /// What the server clamps chunk sizes to.
