@@ -53,8 +53,8 @@ use crate::{
     trust::{LoadError, TrustDocs},
 };
 
-/// How often live devices' `last_seen` is looked at.
-const SEEN_ROUND: Duration = Duration::from_secs(60);
+/// How often the devices whose `last_seen` is due are looked for: a device that left is soon seen to have been there.
+const SEEN_ROUND: Duration = Duration::from_secs(10);
 
 /// Why a server does not start; the words say what to look at.
 #[derive(Debug, thiserror::Error)]

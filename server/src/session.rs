@@ -148,6 +148,8 @@ struct Entry {
 struct Left {
     session_id: String,
     seen_flushed: Option<Timestamp>,
+    /// When it ended, until that was handed to the database.
+    unflushed: Option<Instant>,
 }
 
 impl Sessions {
@@ -508,7 +510,8 @@ impl Sessions {
         self.state().live.keys().cloned().collect()
     }
 
-    /// Live devices whose `last_seen` is older than `every` in the database; they count as flushed from now on.
+    /// Devices whose `last_seen` the database is to have: those that left since they were last asked for, and live ones where it is older
+    /// than `every`. They count as flushed from now on.
     pub fn take_unflushed(
         &self,
         now: Timestamp,
@@ -524,6 +527,13 @@ impl Sessions {
         for (device, entry) in state.live.iter_mut().filter(|(_, entry)| due(entry)) {
             entry.seen_flushed = Some(now);
             seen.push((device.clone(), now));
+        }
+        for (device, left) in &mut state.left {
+            if let Some(since) = left.unflushed.take() {
+                let at = now.saturating_sub(since.elapsed());
+                left.seen_flushed = Some(at);
+                seen.push((device.clone(), at));
+            }
         }
         seen
     }
@@ -557,6 +567,7 @@ impl Sessions {
             let left = Left {
                 session_id: entry.session_id,
                 seen_flushed: entry.seen_flushed,
+                unflushed: Some(Instant::now()),
             };
             state.left.insert(device.clone(), left);
         }

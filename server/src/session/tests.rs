@@ -80,6 +80,22 @@ fn a_device_that_comes_and_goes_is_written_no_more_often_than_one_that_stays() {
 }
 
 #[test]
+fn a_device_that_left_was_seen_when_it_left() {
+    let sessions = sessions();
+    let seen = |now| sessions.take_unflushed(Timestamp::from_ms(now), limits::LAST_SEEN);
+    let session = claim(&sessions, "a", None, &[]);
+    assert_eq!(seen(1_000_000).len(), 1);
+    drop(session);
+    let left = seen(1_060_000);
+    let [(device, at)] = &left[..] else {
+        panic!("{left:?}");
+    };
+    assert_eq!(device, &id("a"));
+    assert!(*at > Timestamp::from_ms(1_000_000), "{at:?}");
+    assert_eq!(seen(1_120_000), [], "once");
+}
+
+#[test]
 fn presence_is_heard_only_by_those_an_operator_allowed() {
     let sessions = sessions();
     let mut all = claim(&sessions, "all", None, &["*"]);
