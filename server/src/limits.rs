@@ -172,6 +172,10 @@ pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
 /// Partial uploads are forgotten after a week without a new byte.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
 
+/// A node that shares the directory of images and did not say for this long that it lives, which it does every [`HOUSEKEEPING`], is
+/// gone; its uploads are kept for this long beyond [`UPLOAD_KEPT`], so that it comes first itself.
+pub const UPLOADER_GONE: Duration = Duration::from_secs(24 * 3_600);
+
 /// Bytes of images from a bucket that are kept on a node's disk, unless the configuration says otherwise: twenty images of 1 GB,
 /// which is more releases than a fleet runs at once.
 pub const CACHE_BYTES: u64 = 20 << 30;

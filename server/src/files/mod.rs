@@ -6,6 +6,7 @@ mod bucket_tests;
 mod cache;
 mod error;
 mod frames;
+mod left;
 mod local;
 mod mapped;
 mod place;
