@@ -215,9 +215,15 @@ pub const S3_PARTS_AT_ONCE: usize = 2;
 pub const S3_STALL: Duration = Duration::from_secs(60);
 pub const S3_CONNECT: Duration = Duration::from_secs(5);
 
+/// A server that starts waits this long for a word of its bucket, and then starts without it.
+pub const S3_OPEN: Duration = Duration::from_secs(10);
+
 /// A request is repeated this often, and not after this long; the caller knows best what to do then.
 pub const S3_RETRIES: usize = 3;
 pub const S3_RETRY_TIME: Duration = Duration::from_secs(20);
+
+/// What is kept of a refusal of S3 for the log: its XML has some 300 bytes.
+pub const S3_WORDS_BYTES: usize = 4 * 1024;
 
 /// S3 keys have 1,024 bytes; ours need 76 behind the prefix.
 pub const S3_PREFIX_BYTES: usize = 512;
