@@ -4,7 +4,7 @@
 //! day later is *doomed* in a transaction that looks once more whether a release names it; from then on it can be neither published
 //! nor uploaded. Then it leaves the store, then its row. Whatever is cut off, a later run ends it.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use fwpush_keys::{id::FileId, time::Timestamp};
 use tokio::{sync::Mutex, time::Instant};
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     db::{Db, DbError, Doomed, FileRow, Unused},
-    files::{FileStore, StoreError},
+    files::{FileStore, StoreError, Stored},
     limits,
 };
 
@@ -55,7 +55,7 @@ impl Garbage {
 
     /// What [`Self::collect`] would do now, without doing it.
     pub async fn preview(&self, unused: Unused) -> Result<Collected, GarbageError> {
-        let unknown = self.unknown().await?;
+        let unknown = self.unknown(self.store.list().await?).await?;
         let due = self.db.now().saturating_sub(limits::FILE_GRACE);
         let rows = self.db.unused_files(unused).await?;
         let (removed, unused): (Vec<FileRow>, _) = rows
@@ -68,10 +68,13 @@ impl Garbage {
         })
     }
 
-    /// Marks what is `unused`, takes the mark from what is needed again, and removes what was marked a day ago.
+    /// Marks what is `unused`, takes the mark from what is needed again, and removes what was marked a day ago; and looks again at
+    /// what was damaged, and for uploads that nobody goes on with.
     pub async fn collect(&self, unused: Unused, actor: &str) -> Result<Collected, GarbageError> {
         let _one = self.one.lock().await;
-        let unknown = self.unknown().await?;
+        self.forget_old_uploads().await;
+        self.look_again().await?;
+        let unknown = self.unknown(self.store.list().await?).await?;
         for some in unknown.chunks(limits::FILES_DOOMED as usize) {
             self.db.adopt_files(some).await?;
         }
@@ -84,17 +87,29 @@ impl Garbage {
         })
     }
 
-    /// Goes on with what an operator began: removes what was marked a day ago, and marks nothing.
+    /// Goes on with what an operator began: removes what was marked a day ago, and marks nothing. Looks again at what was damaged.
     pub async fn go_on(&self, actor: &str) -> Result<(), GarbageError> {
         let _one = self.one.lock().await;
+        self.look_again().await?;
         self.remove_due(actor).await.map(drop)
     }
 
-    /// What the store has and nobody entered.
-    async fn unknown(&self) -> Result<Vec<(FileId, u64)>, GarbageError> {
-        let stored = self.store.list().await?;
+    /// What the store has and nobody entered. `listed` is what it had a moment ago.
+    async fn unknown(&self, listed: Vec<Stored>) -> Result<Vec<(FileId, u64)>, GarbageError> {
+        let mut unknown = self.without_row(listed).await?;
+        if unknown.is_empty() {
+            return Ok(unknown);
+        }
+        // Another node may have ended the removal of one meanwhile, and then its row is gone because it is: it would be entered, and
+        // could be published, without being there.
+        let still: HashSet<FileId> = self.store.list().await?.iter().map(|it| it.file).collect();
+        unknown.retain(|(file, _)| still.contains(file));
+        Ok(unknown)
+    }
+
+    async fn without_row(&self, listed: Vec<Stored>) -> Result<Vec<(FileId, u64)>, GarbageError> {
         let mut unknown = Vec::new();
-        for some in stored.chunks(limits::COMMIT_ROWS) {
+        for some in listed.chunks(limits::COMMIT_ROWS) {
             let ids: Vec<FileId> = some.iter().map(|stored| stored.file).collect();
             let without_row = self.db.unknown_files(&ids).await?;
             let of = some
@@ -103,6 +118,37 @@ impl Garbage {
             unknown.extend(of.map(|stored| (stored.file, stored.size)));
         }
         Ok(unknown)
+    }
+
+    /// Looks at files of a directory that were found damaged: somebody may have put them right, as from a backup. Those of a bucket
+    /// are looked at when a device asks for them.
+    async fn look_again(&self) -> Result<(), GarbageError> {
+        if self.store.directory().is_none() {
+            return Ok(());
+        }
+        for file in self.db.damaged_files().await? {
+            let since = self.db.now();
+            match self.store.is_whole(&file).await {
+                Ok(Some(true)) => {
+                    self.db.note_whole(&file, since).await?;
+                    tracing::info!(%file, "An image that was damaged is whole again.");
+                }
+                Ok(_) => {}
+                Err(error) => tracing::warn!(
+                    %file, error = &error as &dyn std::error::Error,
+                    "An image that was damaged cannot be read."
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    async fn forget_old_uploads(&self) {
+        let uploads = self.store.uploads().clone();
+        let forgot = tokio::task::spawn_blocking(move || uploads.forget_old_uploads()).await;
+        if let Ok(Err(error)) = forgot {
+            tracing::warn!(%error, "Old uploads stay a while longer.");
+        }
     }
 
     async fn remove_due(&self, actor: &str) -> Result<Vec<(FileId, u64)>, GarbageError> {
@@ -170,11 +216,7 @@ pub async fn keep_house(garbage: Garbage, actor: String, stop: CancellationToken
             () = stop.cancelled() => return,
             () = tokio::time::sleep(limits::HOUSEKEEPING) => {}
         }
-        let uploads = garbage.store.uploads().clone();
-        let forgot = tokio::task::spawn_blocking(move || uploads.forget_old_uploads()).await;
-        if let Ok(Err(error)) = forgot {
-            tracing::warn!(%error, "Old uploads stay a while longer.");
-        }
+        garbage.forget_old_uploads().await;
         let done = match garbage.go_on(&actor).await {
             Ok(()) => garbage.tidy_cache().await,
             failed => failed,
@@ -196,8 +238,9 @@ mod tests {
             Entered, Published,
             testing::{Bench, on_postgres_too, release},
         },
-        files::FilesPlace,
+        files::{Files, FilesPlace},
     };
+    use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, S3, S3Options, SECRET_KEY};
 
     on_postgres_too!(
         what_no_release_names_goes_a_day_after_it_was_marked_and_nothing_else_does,
@@ -208,6 +251,8 @@ mod tests {
         a_removal_that_another_node_had_begun_is_given_back_and_not_given_up,
         after_a_removal_that_fails_the_files_behind_it_are_free_again,
         a_damaged_file_is_noted_until_it_is_uploaded_again,
+        what_was_damaged_and_is_whole_again_is_noted_as_such,
+        a_file_whose_removal_has_just_ended_is_not_entered_anew,
         whatever_races_a_published_image_is_in_the_store,
     );
 
@@ -223,11 +268,30 @@ mod tests {
 
     impl World {
         async fn new() -> Self {
-            let bench = Bench::new().await;
             let dir = tempfile::tempdir().unwrap();
             let place = FilesPlace::directory(dir.path().join("files"));
+            Self::of(dir, &place).await
+        }
+
+        async fn in_bucket(s3: &S3) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("secret"), SECRET_KEY).unwrap();
+            let files = Files {
+                url: format!("s3://{BUCKET}"),
+                endpoint: Some(s3.endpoint()),
+                access_key_id: Some(ACCESS_KEY_ID.into()),
+                secret_key_file: Some("secret".into()),
+                allow_http: true,
+                ..Files::default()
+            };
+            let place = files.place(dir.path()).unwrap();
+            Self::of(dir, &place).await
+        }
+
+        async fn of(dir: tempfile::TempDir, place: &FilesPlace) -> Self {
+            let bench = Bench::new().await;
             let node = "n1".parse().unwrap();
-            let store = FileStore::open(&place, &node).await.unwrap();
+            let store = FileStore::open(place, &node).await.unwrap();
             let garbage = Garbage::new(bench.db.clone(), store.clone());
             Self {
                 bench,
@@ -329,6 +393,8 @@ mod tests {
         world.collect(Unused::Unnamed).await;
         world.bench.db.advance_clock(DAY);
         assert!(matches!(world.publish(files[0]).await, Published::New));
+        let published = world.bench.db.file(&files[0]).await.unwrap().unwrap();
+        assert_eq!(published.unused_at, None, "at once");
         world.bench.db.want_file(&files[1]).await.unwrap();
         world.upload(b"c").await;
         assert!(world.collect(Unused::Unnamed).await.is_empty());
@@ -362,6 +428,13 @@ mod tests {
                 .unused_at
                 .is_none()
         );
+        world.revoke(&row, true).await;
+        world.collect(Unused::UnnamedOrRevoked).await;
+        // The list is taken back; nobody has looked since, and nobody need to.
+        world.revoke(&row, false).await;
+        world.bench.db.advance_clock(DAY);
+        assert!(world.bench.db.doom_files().await.unwrap().1.is_empty());
+        world.collect(Unused::UnnamedOrRevoked).await;
         world.revoke(&row, true).await;
         world.collect(Unused::Unnamed).await;
         assert!(
@@ -494,6 +567,58 @@ mod tests {
         assert!(!db.want_file(&file).await.unwrap().unwrap().is_kept());
         world.upload(b"a").await;
         assert!(db.want_file(&file).await.unwrap().unwrap().is_kept());
+    }
+
+    #[tokio::test]
+    async fn what_was_damaged_and_is_whole_again_is_noted_as_such() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let file = world.upload(b"a").await;
+        let path = world.store.uploads().path(&file);
+        let kept = async || db.file(&file).await.unwrap().unwrap().is_kept();
+        std::fs::write(&path, b"b").unwrap();
+        let since = db.now();
+        db.advance_clock(Duration::from_secs(1));
+        db.note_damaged(&file).await.unwrap();
+        world.garbage.go_on("n1").await.unwrap();
+        assert!(!kept().await, "it still is");
+        db.note_whole(&file, since).await.unwrap();
+        assert!(!kept().await, "a look that began before says nothing");
+        std::fs::write(&path, b"a").unwrap();
+        world.garbage.go_on("n1").await.unwrap();
+        assert!(kept().await);
+    }
+
+    #[tokio::test]
+    async fn a_file_whose_removal_has_just_ended_is_not_entered_anew() {
+        let world = World::new().await;
+        let db = &world.bench.db;
+        let (gone, orphan) = (world.upload(b"a").await, world.store(b"b").await);
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        let listed = world.store.list().await.unwrap();
+        // Another node ends what it began.
+        let removed = world.collect(Unused::Unnamed).await;
+        assert!(removed.contains(&gone) && removed.contains(&orphan));
+        let orphan = world.store(b"b").await;
+        let unknown = world.garbage.unknown(listed).await.unwrap();
+        assert_eq!(unknown, [(orphan, 1)]);
+    }
+
+    #[tokio::test]
+    async fn a_cache_drops_what_another_node_removed_and_nothing_else() {
+        let s3 = S3::start(&S3Options::default()).unwrap();
+        let mut world = World::in_bucket(&s3).await;
+        let db = world.bench.db.clone();
+        let (named, gone) = (world.upload(b"a").await, world.upload(b"b").await);
+        assert!(matches!(world.publish(named).await, Published::New));
+        world.collect(Unused::Unnamed).await;
+        db.advance_clock(DAY);
+        assert_eq!(world.store.cached().len(), 2);
+        let (doomed_at, _) = db.doom_files().await.unwrap();
+        assert!(db.file_removed(&gone, doomed_at, "n2").await.unwrap());
+        world.garbage.tidy_cache().await.unwrap();
+        assert_eq!(world.store.cached(), [named]);
     }
 
     #[tokio::test]

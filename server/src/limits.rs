@@ -172,6 +172,10 @@ pub const UPLOAD_STALL: Duration = Duration::from_secs(60);
 /// Partial uploads are forgotten after a week without a new byte.
 pub const UPLOAD_KEPT: Duration = Duration::from_secs(7 * 24 * 3_600);
 
+/// A node that shares the directory of images and did not say for this long that it lives, which it does every [`HOUSEKEEPING`], is
+/// gone; its uploads are kept for this long beyond [`UPLOAD_KEPT`], so that it comes first itself.
+pub const UPLOADER_GONE: Duration = Duration::from_secs(24 * 3_600);
+
 /// Bytes of images from a bucket that are kept on a node's disk, unless the configuration says otherwise: twenty images of 1 GB,
 /// which is more releases than a fleet runs at once.
 pub const CACHE_BYTES: u64 = 20 << 30;
@@ -211,9 +215,15 @@ pub const S3_PARTS_AT_ONCE: usize = 2;
 pub const S3_STALL: Duration = Duration::from_secs(60);
 pub const S3_CONNECT: Duration = Duration::from_secs(5);
 
+/// A server that starts waits this long for a word of its bucket, and then starts without it.
+pub const S3_OPEN: Duration = Duration::from_secs(10);
+
 /// A request is repeated this often, and not after this long; the caller knows best what to do then.
 pub const S3_RETRIES: usize = 3;
 pub const S3_RETRY_TIME: Duration = Duration::from_secs(20);
+
+/// What is kept of a refusal of S3 for the log: its XML has some 300 bytes.
+pub const S3_WORDS_BYTES: usize = 4 * 1024;
 
 /// S3 keys have 1,024 bytes; ours need 76 behind the prefix.
 pub const S3_PREFIX_BYTES: usize = 512;

@@ -4,11 +4,14 @@ use std::{
     fs, io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
     thread,
     time::{Duration, Instant},
 };
 
+use hyper::body::{Body, Bytes, Frame};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
     server::conn::auto,
@@ -38,6 +41,15 @@ pub struct S3Options {
     pub tls: Option<(String, String)>,
 }
 
+/// What goes wrong with an answer.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// This status, and no word.
+    Status(u16),
+    /// The connection ends after so many bytes of the body.
+    Cut(u64),
+}
+
 /// A running server with the empty bucket [`BUCKET`]. Dropped, it ends and its directory goes.
 #[derive(Debug)]
 pub struct S3 {
@@ -61,6 +73,15 @@ struct Requests {
     more: Condvar,
     /// Requests that contain these words wait until it is empty.
     held: watch::Sender<String>,
+    spoilt: Mutex<Spoilt>,
+}
+
+/// Of the next `times` requests that contain `words`.
+#[derive(Debug)]
+struct Spoilt {
+    words: String,
+    fault: Fault,
+    times: usize,
 }
 
 impl S3 {
@@ -88,6 +109,11 @@ impl S3 {
                 seen: Mutex::default(),
                 more: Condvar::new(),
                 held: watch::Sender::new(String::new()),
+                spoilt: Mutex::new(Spoilt {
+                    words: String::new(),
+                    fault: Fault::Status(0),
+                    times: 0,
+                }),
             }),
             running: Mutex::new(None),
         };
@@ -157,6 +183,15 @@ impl S3 {
         self.requests.held.send_replace(String::new());
     }
 
+    /// Spoils the answers to the next `times` requests whose line contains `words`; 0: to none any more.
+    pub fn spoil(&self, words: &str, fault: Fault, times: usize) {
+        *self.requests.spoilt() = Spoilt {
+            words: words.to_owned(),
+            fault,
+            times,
+        };
+    }
+
     /// Waits until a request came whose line contains `words`; false: none within `patience`.
     pub fn saw(&self, words: &str, patience: Duration) -> bool {
         let until = Instant::now() + patience;
@@ -219,6 +254,20 @@ impl Requests {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn spoilt(&self) -> MutexGuard<'_, Spoilt> {
+        self.spoilt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is to go wrong with the answer to this request.
+    fn fault(&self, line: &str) -> Option<Fault> {
+        let mut spoilt = self.spoilt();
+        if !line.contains(&*spoilt.words) {
+            return None;
+        }
+        spoilt.times = spoilt.times.checked_sub(1)?;
+        Some(spoilt.fault)
+    }
+
     async fn pass(&self, line: String) {
         let mut held = self.held.subscribe();
         self.seen().push(line.clone());
@@ -269,10 +318,21 @@ async fn serve(
         hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
             let (service, requests) = (service.clone(), requests.clone());
             async move {
-                requests
-                    .pass(format!("{} {}", request.method(), request.uri()))
-                    .await;
-                service.call(request.map(s3s::Body::from)).await
+                let line = format!("{} {}", request.method(), request.uri());
+                requests.pass(line.clone()).await;
+                let fault = requests.fault(&line);
+                if let Some(Fault::Status(status)) = fault {
+                    let mut answer = hyper::Response::new(s3s::Body::empty());
+                    *answer.status_mut() = hyper::StatusCode::from_u16(status).unwrap_or_default();
+                    return Ok(answer);
+                }
+                let answer = service.call(request.map(s3s::Body::from)).await?;
+                Ok::<_, s3s::HttpError>(match fault {
+                    Some(Fault::Cut(left)) => {
+                        answer.map(|body| s3s::Body::http_body_unsync(Cut { body, left }))
+                    }
+                    _ => answer,
+                })
             }
         });
     let connections = auto::Builder::new(TokioExecutor::new());
@@ -298,5 +358,36 @@ async fn serve(
                 }
             }
         });
+    }
+}
+
+/// A body that breaks off.
+struct Cut {
+    body: s3s::Body,
+    /// Bytes that still come.
+    left: u64,
+}
+
+impl Body for Cut {
+    type Data = Bytes;
+    type Error = s3s::StdError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, s3s::StdError>>> {
+        if self.left == 0 {
+            return Poll::Ready(Some(Err("cut off".into())));
+        }
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        Poll::Ready(frame.map(|frame| {
+            frame.map(|frame| {
+                frame.map_data(|mut data| {
+                    data.truncate(usize::try_from(self.left).unwrap_or(usize::MAX));
+                    self.left -= data.len() as u64;
+                    data
+                })
+            })
+        }))
     }
 }

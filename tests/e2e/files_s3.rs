@@ -184,12 +184,30 @@ async fn a_damaged_object_is_never_served_and_publishing_again_mends_it() {
     // Once more, since the way there may be at fault.
     assert_eq!(fetches(&s3, &file), 2, "not again and again");
     assert_eq!(listed(&site, &file)["state"], "damaged");
+    // Put right by hand: the next fetch finds that out, and is not made at once.
+    fs::copy(&image, &object).unwrap();
+    site.stop_server();
+    site.start();
+    assert_eq!(listed(&site, &file)["state"], "damaged");
+    assert!(fetch(&site, "gw-1", &file).await.unwrap() == fs::read(&image).unwrap());
+    assert_eq!(listed(&site, &file)["state"], "stored");
     let manifest = site.temp().join(format!("{PRODUCT}-1.1.0.json"));
-    site.fwpush(&publish_args(
-        manifest.to_str().unwrap(),
-        image.to_str().unwrap(),
-    ))
-    .ok();
+    let publish_again = |site: &Site| {
+        let (manifest, image) = (manifest.to_str().unwrap(), image.to_str().unwrap());
+        site.fwpush(&publish_args(manifest, image)).ok();
+    };
+    // Cut short by a byte, which its outline does not show.
+    let cut = fs::File::options().write(true).open(&object).unwrap();
+    cut.set_len(299_999).unwrap();
+    publish_again(&site);
+    assert!(fs::read(&object).unwrap() == fs::read(&image).unwrap());
+    assert_eq!(listed(&site, &file)["size"], 300_000);
+    // And noted, so that it does not matter what it looks like.
+    fs::write(&object, vec![0; 300_000]).unwrap();
+    restart_without_cache(&mut site, &file);
+    fetch(&site, "gw-1", &file).await.unwrap_err();
+    assert_eq!(listed(&site, &file)["state"], "damaged");
+    publish_again(&site);
     assert_eq!(listed(&site, &file)["state"], "stored");
     assert!(fetch(&site, "gw-1", &file).await.unwrap() == fs::read(&image).unwrap());
     restart_without_cache(&mut site, &file);

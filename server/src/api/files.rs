@@ -20,10 +20,10 @@ use tonic::Status;
 
 use crate::{
     access::Access,
-    api::{authorize, status},
+    api::{authorize, status, stored},
     budget::Ask,
-    db::Db,
-    files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoreError, StoredFile},
+    db::{Db, NamedFile},
+    files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoredFile},
     limits,
     listen::Caller,
     metrics as m,
@@ -97,9 +97,9 @@ impl Downloads {
             .map_err(|_| Status::invalid_argument("file_id is not 64 lower-case hex digits"))?;
         let part = Part::try_from(wanted.part)
             .map_err(|_| Status::invalid_argument("a file has no such part"))?;
-        self.check_wanted_by(&device, &id).await?;
+        let size = self.check_wanted_by(&device, &id).await?;
         let slot = self.slot(&device)?;
-        let file = self.open(id).await?;
+        let file = self.open(id, size).await?;
         let mapped = match part {
             Part::Content => file.content.clone(),
             Part::Outline => file.outline.clone(),
@@ -137,15 +137,15 @@ impl Downloads {
             .map_err(|_| Status::internal("no response"))
     }
 
-    /// Only files of a release for the device's own recorded product; only while one of those is not revoked.
-    async fn check_wanted_by(&self, device: &DeviceId, id: &FileId) -> Result<(), Status> {
+    /// Only files of a release for the device's own recorded product; only while one of those is not revoked. Gives its size.
+    async fn check_wanted_by(&self, device: &DeviceId, id: &FileId) -> Result<u64, Status> {
         let record = self.db.device(device).await.map_err(status::db)?;
         let record =
             record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
-        let products = self.db.products_of_file(id).await.map_err(status::db)?;
-        if products.is_empty() {
+        let named = self.db.named_file(id).await.map_err(status::db)?;
+        let Some(NamedFile { size, products }) = named else {
             return Err(Status::not_found("no release names this file"));
-        }
+        };
         let mut own = products
             .iter()
             .filter(|(product, _)| *product == record.product)
@@ -160,26 +160,15 @@ impl Downloads {
                 "every release with this file is revoked",
             ));
         }
-        Ok(())
+        Ok(size)
     }
 
-    async fn open(&self, id: FileId) -> Result<Arc<StoredFile>, Status> {
-        match self.store.get(&id).await {
-            Ok(Some(file)) => Ok(file),
-            Ok(None) => {
-                tracing::error!(file = %id, "A published file is not in the store.");
-                Err(Status::unavailable(
-                    "the file is not at hand now; try again later",
-                ))
-            }
-            Err(error) => {
-                if matches!(error, StoreError::Damaged(_)) {
-                    // An upload on any node takes its place. If it cannot be noted now, the next download does.
-                    let _ = self.db.note_damaged(&id).await;
-                }
-                Err(status::store(error))
-            }
-        }
+    async fn open(&self, id: FileId, size: u64) -> Result<Arc<StoredFile>, Status> {
+        let file = stored::open(&self.db, &self.store, &id, size).await?;
+        file.ok_or_else(|| {
+            tracing::error!(file = %id, "A published file is not in the store.");
+            Status::unavailable("the file is not at hand now; try again later")
+        })
     }
 
     /// A place among the downloads, given back when it is dropped.

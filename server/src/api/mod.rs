@@ -7,6 +7,7 @@ mod http;
 mod node;
 mod push;
 mod status;
+mod stored;
 
 pub use admin::{About, Admin};
 pub use files::Downloads;

@@ -75,7 +75,10 @@ pub fn store(error: StoreError) -> Status {
             tracing::error!(error = words, "The file store failed.");
             return Status::data_loss("the stored file is damaged; the server's log says more");
         }
-        StoreError::Away { .. } | StoreError::Refused { .. } | StoreError::NoBucket { .. } => {
+        StoreError::Away { .. }
+        | StoreError::Faulty { .. }
+        | StoreError::Refused { .. }
+        | StoreError::NoBucket { .. } => {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "The image store failed."

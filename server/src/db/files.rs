@@ -169,6 +169,35 @@ impl Db {
         tx.commit().await
     }
 
+    /// Notes that the store was found to have the right bytes, by a look that began at `since`: what was noted by then holds no longer.
+    pub async fn note_whole(&self, file_id: &FileId, since: Timestamp) -> Result<(), DbError> {
+        const NOTE: &str =
+            "UPDATE files SET damaged_at_ms = NULL WHERE file_id = $1 AND damaged_at_ms <= $2";
+        let noted = self.file(file_id).await?.and_then(|row| row.damaged_at);
+        if noted.is_none_or(|at| at > since) {
+            return Ok(());
+        }
+        let mut tx = self.begin().await?;
+        let values = params![file_id.to_string(), since];
+        tx.execute("note a whole file", NOTE, values).await?;
+        tx.commit().await
+    }
+
+    /// Files of which damage was noted, at most [`limits::FILES_LISTED`].
+    pub(crate) async fn damaged_files(&self) -> Result<Vec<FileId>, DbError> {
+        const SELECT: &str = "SELECT file_id FROM files WHERE damaged_at_ms IS NOT NULL AND gone_at_ms IS NULL AND doomed_at_ms IS NULL \
+            ORDER BY file_id LIMIT $1";
+        let rows = self
+            .reader()
+            .rows(
+                "look for damaged files",
+                SELECT,
+                params![limits::FILES_LISTED],
+            )
+            .await?;
+        rows.iter().map(|row| row.parse("file_id")).collect()
+    }
+
     /// A page of all files in the order of their ids, after `after`.
     pub async fn list_files(
         &self,

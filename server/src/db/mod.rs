@@ -39,7 +39,7 @@ pub use files::{Entered, FileRow, Unused};
 pub use leases::{HeldLease, Lease, LeaseHolder};
 pub(crate) use leases::{forget as forget_lease, hold as hold_lease};
 pub use place::{Options, Place, PlaceError, PostgresPlace, TlsMode};
-pub use releases::{Published, ReleaseRow};
+pub use releases::{NamedFile, Published, ReleaseRow};
 pub(crate) use standing::{Listener, Standing};
 pub use trust::TrustKind;
 

@@ -25,6 +25,15 @@ use super::{
 };
 use crate::limits;
 
+/// A file that releases name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedFile {
+    /// Bytes.
+    pub size: u64,
+    /// The products of the releases, each with whether only revoked ones name it.
+    pub products: Vec<(Product, bool)>,
+}
+
 /// A published release. Immutable but for `revoked`.
 #[derive(Clone, Debug)]
 pub struct ReleaseRow {
@@ -373,10 +382,11 @@ impl Db {
         Ok(())
     }
 
-    /// The products that have a release with this file, each with whether only revoked releases name it. Empty: none.
-    pub async fn products_of_file(&self, file: &FileId) -> Result<Vec<(Product, bool)>, DbError> {
-        const SELECT: &str = "SELECT r.product, MIN(r.revoked) AS revoked FROM release_files AS f \
-            JOIN releases AS r ON r.release_id = f.release_id WHERE f.file_id = $1 GROUP BY r.product";
+    /// Whose file it is. None: no release names it.
+    pub async fn named_file(&self, file: &FileId) -> Result<Option<NamedFile>, DbError> {
+        const SELECT: &str = "SELECT r.product, MIN(r.revoked) AS revoked, MIN(x.size) AS size FROM release_files AS f \
+            JOIN releases AS r ON r.release_id = f.release_id JOIN files AS x ON x.file_id = f.file_id \
+            WHERE f.file_id = $1 GROUP BY r.product";
         let rows = self
             .reader()
             .rows(
@@ -385,8 +395,14 @@ impl Db {
                 params![file.to_string()],
             )
             .await?;
-        rows.iter()
+        let Some(first) = rows.first() else {
+            return Ok(None);
+        };
+        let products = rows
+            .iter()
             .map(|row| Ok((row.parse("product")?, row.bool("revoked")?)))
-            .collect()
+            .collect::<Result<_, DbError>>()?;
+        let size = first.u64("size")?;
+        Ok(Some(NamedFile { size, products }))
     }
 }

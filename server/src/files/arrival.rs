@@ -194,3 +194,55 @@ pub(super) fn check_whole(local: &LocalStore, id: &FileId) -> Result<bool, Store
     }
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use fwpush_keys::outline::outline_of;
+
+    use super::*;
+
+    /// What becomes of `came` as the file that `content` is; nothing is to stay unless it is the same.
+    async fn arrive(content: &[u8], came: &[u8]) -> Result<(), StoreError> {
+        let dir = tempfile::tempdir().unwrap();
+        let local = LocalStore::open(dir.path()).unwrap();
+        let outline = outline_of(content).unwrap();
+        let id = outline.root();
+        let mut arrival = Arrival::begin(local.clone(), outline).unwrap();
+        let taken = arrival.take(Bytes::copy_from_slice(came)).await;
+        assert!(!local.has(&id), "it has its name before its end");
+        let ended = match taken {
+            Ok(()) => arrival.end().await,
+            failed => failed,
+        };
+        assert_eq!(local.has(&id), ended.is_ok());
+        let shard = local.path(&id);
+        let left = std::fs::read_dir(shard.parent().unwrap());
+        let left = left.map_or(0, Iterator::count);
+        assert_eq!(left, if ended.is_ok() { 2 } else { 0 });
+        ended
+    }
+
+    #[tokio::test]
+    async fn only_the_whole_file_gets_its_name() {
+        let group = GROUP_BYTES as usize;
+        let content: Vec<u8> = (0..40 * group + 100).map(|at| (at / 99) as u8).collect();
+        arrive(&content, &content).await.unwrap();
+        let mut longer = content.clone();
+        longer.push(0);
+        for came in [
+            // Each of what came is right.
+            &content[..40 * group],
+            &content[..16 * group],
+            &content[..content.len() - 1],
+            &[],
+            &longer,
+        ] {
+            let answer = arrive(&content, came).await;
+            assert!(
+                matches!(answer, Err(StoreError::Damaged(_))),
+                "{}: {answer:?}",
+                came.len()
+            );
+        }
+    }
+}

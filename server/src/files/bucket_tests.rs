@@ -1,10 +1,11 @@
 //! The store on a real S3 server, which checks every signature.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     os::unix::fs::FileExt as _,
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -15,12 +16,13 @@ use fwpush_keys::{
     outline::{Outline, outline_of},
     time::Timestamp,
 };
-use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, S3, S3Options, SECRET_KEY};
+use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, Fault, S3, S3Options, SECRET_KEY};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
 use super::{FileStore, Files, FilesPlace, StoreError, StoredFile};
 
+mod faults;
 mod foreign;
 
 const MIB: usize = 1 << 20;
@@ -88,12 +90,21 @@ impl Node {
     }
 }
 
+/// What the database knows of images: how long they are.
+static SIZES: Mutex<BTreeMap<FileId, u64>> = Mutex::new(BTreeMap::new());
+
 fn image(seed: u8, bytes: usize) -> (Vec<u8>, FileId) {
     let content: Vec<u8> = (0..bytes)
         .map(|at| (at / 11) as u8 ^ (at >> 14) as u8 ^ seed)
         .collect();
     let id = FileId::of(&content);
+    SIZES.lock().unwrap().insert(id, bytes as u64);
     (content, id)
+}
+
+async fn get(store: &FileStore, id: &FileId) -> Result<Option<Arc<StoredFile>>, StoreError> {
+    let size = SIZES.lock().unwrap()[id];
+    store.get(id, size).await
 }
 
 async fn put(store: &FileStore, content: &[u8]) -> Result<FileId, StoreError> {
@@ -123,14 +134,14 @@ fn content(file: &StoredFile) -> Vec<u8> {
 }
 
 async fn served(store: &FileStore, id: &FileId) -> Vec<u8> {
-    content(&store.get(id).await.unwrap().unwrap())
+    content(&get(store, id).await.unwrap().unwrap())
 }
 
 /// Asks until it is there: as a device does.
 async fn served_at_last(store: &FileStore, id: &FileId) -> Arc<StoredFile> {
     let asked = tokio::time::Instant::now();
     loop {
-        match store.get(id).await {
+        match get(store, id).await {
             Ok(Some(file)) => return file,
             Err(StoreError::NotHereNow) if asked.elapsed() < LONG => {
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -168,7 +179,7 @@ async fn an_image_uploaded_on_one_node_is_served_by_another() {
             !second.cached(&id).exists(),
             "asking for the size fetches nothing"
         );
-        let file = b.get(&id).await.unwrap().unwrap();
+        let file = get(&b, &id).await.unwrap().unwrap();
         assert_eq!(content(&file), bytes);
         let outline = file.outline.slice(0..file.outline.len()).unwrap();
         Outline::from_bytes(id, bytes.len() as u64, &outline).unwrap();
@@ -189,7 +200,7 @@ async fn an_image_uploaded_on_one_node_is_served_by_another() {
     assert_eq!(s3.keys().unwrap(), Vec::<String>::new());
     assert_eq!(first.on_disk(), 0);
     let (_, id) = image(1, 200_000);
-    assert!(a.get(&id).await.unwrap().is_none());
+    assert!(get(&a, &id).await.unwrap().is_none());
 }
 
 #[tokio::test]
@@ -226,7 +237,7 @@ async fn who_waits_too_long_is_told_to_come_back_and_the_fetch_goes_on() {
     let (bytes, id) = put_image(&first.open().await, 1, MIB).await;
     let store = second.open().await;
     s3.hold(&key(&id));
-    let answer = store.get(&id).await;
+    let answer = get(&store, &id).await;
     assert!(matches!(answer, Err(StoreError::NotHereNow)), "{answer:?}");
     s3.release();
     assert!(content(&*served_at_last(&store, &id).await) == bytes);
@@ -269,7 +280,7 @@ async fn wrong_bytes_in_the_bucket_are_never_served_and_an_upload_mends_them() {
             &s3.object(&format!("{}.outline", key(&id))),
         );
         for _ in 0..2 {
-            let answer = b.get(&id).await;
+            let answer = get(&b, &id).await;
             assert!(
                 matches!(answer, Err(StoreError::Damaged(found)) if found == id),
                 "{what}: {answer:?}"
@@ -303,7 +314,7 @@ async fn while_the_bucket_is_away_the_cache_serves_and_all_is_well_when_it_is_ba
     s3.stop();
     assert!(matches!(b.check().await, Err(StoreError::Away { .. })));
     assert!(served(&b, &cached_id).await == cached);
-    let answer = b.get(&wanted_id).await;
+    let answer = get(&b, &wanted_id).await;
     assert!(matches!(answer, Err(StoreError::NotHereNow)), "{answer:?}");
     let (new, new_id) = image(3, 9 * MIB);
     assert!(matches!(put(&b, &new).await, Err(StoreError::Away { .. })));
@@ -346,14 +357,17 @@ async fn the_cache_keeps_its_bound_and_what_is_used_most() {
     // What is being downloaded stays, and then there is no room.
     let mut downloads = Vec::new();
     for id in b.cached() {
-        let file = b.get(&id).await.unwrap().unwrap();
+        let file = get(&b, &id).await.unwrap().unwrap();
         downloads.push((file.content.clone(), id));
     }
     let other = images
         .iter()
         .find(|(_, id)| !b.cached().contains(id))
         .unwrap();
-    assert!(matches!(b.get(&other.1).await, Err(StoreError::NotHereNow)));
+    assert!(matches!(
+        get(&b, &other.1).await,
+        Err(StoreError::NotHereNow)
+    ));
     for (download, id) in &downloads {
         assert!(second.cached(id).exists());
         assert_eq!(FileId::of(&download.slice(0..300_000).unwrap()), *id);
@@ -364,11 +378,14 @@ async fn the_cache_keeps_its_bound_and_what_is_used_most() {
     // One that never fits is said to be.
     let (_, large) = put_image(&a, 9, 2 * MIB).await;
     assert!(
-        matches!(b.get(&large).await, Err(StoreError::AboveCache { size, .. }) if size == 2 * MIB as u64)
+        matches!(get(&b, &large).await, Err(StoreError::AboveCache { size, .. }) if size == 2 * MIB as u64)
     );
     let refused = b.takes(&large, 2 * MIB as u64);
     assert!(matches!(refused, Err(StoreError::AboveCache { .. })));
     b.takes(&large, 500_000).unwrap();
+    // Outlines count: 512 bytes of this one.
+    b.takes(&large, MIB as u64 - 512).unwrap();
+    assert!(b.takes(&large, MIB as u64 - 511).is_err());
     a.takes(&large, 2 * MIB as u64).unwrap();
     // Uploaded here it goes to the bucket, and is not cached.
     let (large, id) = put_image(&b, 10, 2 * MIB).await;
@@ -413,7 +430,7 @@ async fn a_cache_outlives_its_server_but_for_what_is_damaged() {
         .unwrap()
         .set_len(100)
         .unwrap();
-    let held = store.get(&images[0].1).await.unwrap().unwrap();
+    let held = get(&store, &images[0].1).await.unwrap().unwrap();
     held.content.slice(0..200_000).unwrap_err();
     assert!(served(&store, &images[0].1).await == images[0].0);
     assert_eq!(fetches(&s3, &images[0].1), 1);
@@ -447,9 +464,12 @@ async fn an_upload_that_is_cut_off_on_its_way_to_the_bucket_leaves_nothing_to_se
     let stopped = finishing.await.unwrap();
     assert!(matches!(stopped, Err(StoreError::Stopping)), "{stopped:?}");
     s3.release();
+    let asked = s3.requests();
+    let forgets = |line: &String| line.starts_with("DELETE") && line.contains("uploadId=");
+    assert!(asked.iter().any(forgets), "parts that stay cost room");
     assert_eq!(s3.keys().unwrap(), [format!("{}.outline", key(&id))]);
     assert_eq!(store.size(&id).await.unwrap(), None);
-    assert!(store.get(&id).await.unwrap().is_none());
+    assert!(get(&store, &id).await.unwrap().is_none());
     // No byte has to be sent again to us.
     assert_eq!(store.uploads().received(&id).unwrap(), bytes.len() as u64);
     put(&store, &bytes).await.unwrap();
@@ -501,6 +521,8 @@ async fn over_tls_the_server_must_be_one_that_the_ca_file_vouches_for_and_urls_c
     assert!(served(&store, &id).await == bytes);
 
     let signed = store.presign(&id).await.unwrap().unwrap();
+    let life = format!("X-Amz-Expires={}&", crate::limits::PRESIGNED_LIFE.as_secs());
+    assert!(signed.url.contains(&life), "for the server too");
     let left = signed.expires.since(Timestamp::now());
     assert!(left <= crate::limits::PRESIGNED_LIFE && left > crate::limits::PRESIGNED_LIFE / 2);
     assert!(

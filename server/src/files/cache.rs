@@ -91,6 +91,15 @@ impl Cache {
         self.books().held.keys().copied().collect()
     }
 
+    /// Whether [`Self::reserve`] would find room now.
+    pub(super) fn has_room(
+        &self,
+        bytes: u64,
+        in_use: impl Fn(&FileId) -> bool,
+    ) -> Result<(), NoRoom> {
+        self.books().room_for(bytes, self.most, in_use).map(drop)
+    }
+
     /// Makes room for a file of `bytes`, and gives what has to be removed for it with its bytes, which count no more: the longest
     /// unused first, and nothing that is in use. What cannot be removed is to be [put back](Self::put_back).
     pub(super) fn reserve(
@@ -98,13 +107,9 @@ impl Cache {
         bytes: u64,
         in_use: impl Fn(&FileId) -> bool,
     ) -> Result<(Room<'_>, Vec<(FileId, u64)>), NoRoom> {
-        if bytes > self.most {
-            return Err(NoRoom::Never);
-        }
         let mut books = self.books();
-        let excess = (books.bytes + bytes).saturating_sub(self.most);
-        let victims = books.victims(excess, in_use).ok_or(NoRoom::Now)?;
-        let victims = victims
+        let victims = books
+            .room_for(bytes, self.most, in_use)?
             .into_iter()
             .filter_map(|id| books.forget(&id).map(|bytes| (id, bytes)));
         let victims = victims.collect();
@@ -162,6 +167,20 @@ impl Books {
         let held = self.held.remove(id)?;
         self.bytes -= held.bytes;
         Some(held.bytes)
+    }
+
+    /// What is to go so that `bytes` more are within `most`.
+    fn room_for(
+        &self,
+        bytes: u64,
+        most: u64,
+        in_use: impl Fn(&FileId) -> bool,
+    ) -> Result<Vec<FileId>, NoRoom> {
+        if bytes > most {
+            return Err(NoRoom::Never);
+        }
+        let excess = (self.bytes + bytes).saturating_sub(most);
+        self.victims(excess, in_use).ok_or(NoRoom::Now)
     }
 
     /// What is to go so that `excess` bytes become free. `None`: what is not in use is less than that.

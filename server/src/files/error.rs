@@ -47,26 +47,33 @@ pub enum StoreError {
     CacheInUse { path: PathBuf },
     #[error("{} holds something else than a cache of images, and was left as it is: give `files.cache_dir` a directory of its own", path.display())]
     NoCache { path: PathBuf },
-    /// The bucket does not answer, or says that it cannot now.
-    #[error("{operation} in {bucket}: it cannot be reached")]
+    /// The bucket does not answer.
+    #[error("{operation} in {bucket}: it cannot be reached, or does not answer in time")]
     Away {
+        operation: &'static str,
+        bucket: String,
+        source: object_store::Error,
+    },
+    /// It answers that it cannot now, or with what S3 does not answer.
+    #[error(
+        "{operation} in {bucket}: its server is at fault or overloaded, or is no S3 server (`files.endpoint`)"
+    )]
+    Faulty {
         operation: &'static str,
         bucket: String,
         source: object_store::Error,
     },
     /// It answers, and says no.
     #[error(
-        "{operation} in {bucket}: it refuses; look at `files.access_key_id`, `files.secret_key_file`, `files.region`, and what the \
-         bucket's policy allows this key"
+        "{operation} in {bucket}: it refuses; look at `files.access_key_id`, `files.secret_key_file`, `files.region`, this machine's \
+         clock, and what the bucket's policy allows this key"
     )]
     Refused {
         operation: &'static str,
         bucket: String,
         source: object_store::Error,
     },
-    #[error(
-        "there is no {bucket} at this endpoint, or this key may not list it; look at `files.url`, `files.endpoint` and the bucket's policy"
-    )]
+    #[error("there is no {bucket} at this endpoint; look at `files.url` and `files.endpoint`")]
     NoBucket {
         bucket: String,
         source: object_store::Error,
@@ -86,6 +93,7 @@ impl StoreError {
         matches!(
             self,
             Self::Away { .. }
+                | Self::Faulty { .. }
                 | Self::Refused { .. }
                 | Self::NoBucket { .. }
                 | Self::NotHereNow

@@ -24,7 +24,7 @@ use fwpush_keys::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    files::{Mapped, StoreError, mapped::Lent},
+    files::{Mapped, StoreError, left, mapped::Lent},
     limits,
 };
 
@@ -39,6 +39,8 @@ struct Inner {
     root: PathBuf,
     /// Of this node alone.
     uploads: PathBuf,
+    /// Other nodes have theirs beside it.
+    shared: bool,
     open: Mutex<Opened>,
     uploading: Mutex<HashMap<FileId, Holder>>,
 }
@@ -129,20 +131,21 @@ impl StoredFile {
 impl LocalStore {
     /// Opens the store, making its directories (mode 0700), and forgets uploads that nobody went on with.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        Self::open_with(root, root.join("uploads"))
+        Self::open_with(root, root.join(UPLOADS), false)
     }
 
     /// Opens a store that other nodes write to as well. An upload under way is this node's own: none that it checked and gave its name
     /// is written to by another.
     pub fn open_shared(root: &Path, node: &NodeId) -> Result<Self, StoreError> {
-        Self::open_with(root, root.join("uploads").join(node.as_str()))
+        Self::open_with(root, root.join(UPLOADS).join(node.as_str()), true)
     }
 
-    fn open_with(root: &Path, uploads: PathBuf) -> Result<Self, StoreError> {
+    fn open_with(root: &Path, uploads: PathBuf, shared: bool) -> Result<Self, StoreError> {
         make_dir(&uploads).map_err(StoreError::Open)?;
         let inner = Inner {
             root: root.to_owned(),
             uploads,
+            shared,
             open: Mutex::default(),
             uploading: Mutex::default(),
         };
@@ -191,6 +194,12 @@ impl LocalStore {
         self.opened().is_in_use(id)
     }
 
+    /// Whether the file was found damaged since it was mapped.
+    pub(super) fn is_damaged(&self, id: &FileId) -> bool {
+        let opened = self.opened();
+        opened.kept.get(id).is_some_and(|file| file.is_damaged())
+    }
+
     /// Has the file mapped anew when it is asked for next.
     pub(super) fn close(&self, id: &FileId) {
         self.opened().close(id);
@@ -225,7 +234,7 @@ impl LocalStore {
         let mut found = Vec::new();
         for shard in fs::read_dir(&self.inner.root)? {
             let shard = shard?;
-            if shard.file_name() == "uploads" || !shard.file_type()?.is_dir() {
+            if shard.file_name() == UPLOADS || !shard.file_type()?.is_dir() {
                 continue;
             }
             for entry in fs::read_dir(shard.path())? {
@@ -312,6 +321,8 @@ impl LocalStore {
             file: id,
             source,
         };
+        // Another node took it away if this one was silent for days.
+        make_dir(&self.inner.uploads).map_err(failed)?;
         let mut file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -330,8 +341,14 @@ impl LocalStore {
         })
     }
 
-    /// Forgets unfinished uploads that got no byte for [`limits::UPLOAD_KEPT`]. Blocks on the disk.
+    /// Forgets unfinished uploads that got no byte for [`limits::UPLOAD_KEPT`], and in a directory that nodes share a day later those
+    /// of nodes that are gone. Blocks on the disk.
     pub fn forget_old_uploads(&self) -> io::Result<()> {
+        let now = if self.inner.shared {
+            left::beat(&self.inner.uploads)?
+        } else {
+            SystemTime::now()
+        };
         for entry in fs::read_dir(&self.inner.uploads)? {
             let entry = entry?;
             let name = entry.file_name();
@@ -343,21 +360,29 @@ impl LocalStore {
             if uploading.contains_key(&id) {
                 continue;
             }
-            let changed = match entry.metadata() {
-                Ok(found) => found.modified()?,
+            let Some(changed) = left::changed(&entry.path())? else {
                 // Finished since the directory was read.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error),
+                continue;
             };
-            let age = SystemTime::now()
-                .duration_since(changed)
-                .unwrap_or_default();
-            if age > limits::UPLOAD_KEPT {
+            if left::age(changed, now) > limits::UPLOAD_KEPT {
                 fs::remove_file(entry.path())?;
                 tracing::info!(file = ?name, "An unfinished upload got nothing for a week and was forgotten.");
             }
         }
+        if self.inner.shared {
+            left::forget(&self.inner.root.join(UPLOADS), &self.inner.uploads, now)?;
+        }
         Ok(())
+    }
+
+    /// Forgets an unfinished upload that nobody is at; none: nothing. Blocks on the disk.
+    pub fn discard_idle(&self, id: &FileId) -> Result<(), StoreError> {
+        // Held until it is gone: nobody begins with it meanwhile.
+        let uploading = self.uploading();
+        match uploading.contains_key(id) {
+            true => Err(StoreError::UploadBusy),
+            false => self.discard(id),
+        }
     }
 
     /// Forgets an unfinished upload; none: nothing.
@@ -534,6 +559,9 @@ impl Drop for Claim {
         self.holder.ended.cancel();
     }
 }
+
+/// The directory of uploads, among those of finished files.
+pub(super) const UPLOADS: &str = "uploads";
 
 /// How the temporary name of an outline begins.
 pub(super) const OUTLINE: &str = ".outline-";

@@ -1,11 +1,14 @@
 //! Images by content: a file's name is its BLAKE3 hash, and it never changes.
 
+mod answers;
 mod arrival;
 #[cfg(test)]
 mod bucket_tests;
 mod cache;
+mod cache_dir;
 mod error;
 mod frames;
+mod left;
 mod local;
 mod mapped;
 mod place;
@@ -18,6 +21,7 @@ pub use frames::{DownloadBody, Range};
 pub use local::{LocalStore, StoredFile, Upload};
 pub use mapped::{Damaged, Mapped};
 pub use place::{Files, FilesError, FilesPlace, S3Place};
+pub use remote::Found;
 pub use s3::{Presigned, Stored};
 pub use store::FileStore;
 

@@ -5,11 +5,9 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
-    io,
-    path::Path,
+    fs::File,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use fwpush_keys::{id::FileId, outline::Outline};
@@ -22,9 +20,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     files::{
         StoreError,
-        arrival::{Arrival, FETCHED, check_whole},
+        arrival::{Arrival, check_whole},
         cache::{Cache, NoRoom, Room, Trust},
-        local::{LocalStore, OUTLINE, Whole, make_dir},
+        cache_dir::{find_cached, take_dir},
+        local::{LocalStore, Whole},
         on_disk,
         place::S3Place,
         s3::Bucket,
@@ -45,6 +44,8 @@ struct Inner {
     cache: Cache,
     /// Files on their way, and those that were not to be had a moment ago.
     under_way: Mutex<HashMap<FileId, watch::Receiver<State>>>,
+    /// What fetches found out and nobody took.
+    found: Mutex<HashMap<FileId, Found>>,
     fetches: Semaphore,
     /// Apart from the fetches: those wait for the bucket, and what is here does not.
     checks: Semaphore,
@@ -61,6 +62,15 @@ enum State {
         /// For how long the next who ask get the same answer without a look.
         pause: Duration,
     },
+}
+
+/// What a fetch found in the bucket.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Whether it is what its name says.
+    pub whole: bool,
+    /// When the fetch began.
+    pub since: Instant,
 }
 
 /// What became of a fetch.
@@ -132,18 +142,20 @@ impl Remote {
             Ok(cache)
         })
         .await?;
-        match bucket.check().await {
-            Err(error @ StoreError::Away { .. }) => tracing::error!(
-                error = &error as &dyn std::error::Error,
-                "The image store is away: images that are cached here are served, others wait for it."
-            ),
-            answer => answer?,
+        match timeout(limits::S3_OPEN, bucket.check()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error @ (StoreError::Away { .. } | StoreError::Faulty { .. }))) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "{AWAY}");
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => tracing::error!(%place, "{AWAY}"),
         }
         let inner = Inner {
             bucket,
             local,
             cache,
             under_way: Mutex::default(),
+            found: Mutex::default(),
             fetches: Semaphore::new(limits::FETCHES),
             checks: Semaphore::new(limits::CACHE_CHECKS),
             _lock: lock,
@@ -184,6 +196,21 @@ impl Remote {
         self.inner.cache.touch(id) == Some(Trust::Verified)
     }
 
+    /// What the last fetch of the file found, if nobody took it yet.
+    pub(super) fn take_found(&self, id: &FileId) -> Option<Found> {
+        self.found().remove(id)
+    }
+
+    /// Keeps in mind what a fetch found, unless a later one did.
+    pub(super) fn keep_found(&self, id: FileId, found: Found) {
+        let mut all = self.found();
+        if all.len() >= limits::FETCH_MEMORY {
+            // Nobody asks for these; the next fetch of each finds it out again.
+            all.clear();
+        }
+        all.entry(id).or_insert(found);
+    }
+
     /// Has the file looked at before it is used again.
     pub(super) fn doubt(&self, id: &FileId) {
         self.inner.cache.set_trust(id, Trust::Doubted);
@@ -201,9 +228,10 @@ impl Remote {
         removed
     }
 
-    /// Brings the file into the cache, or waits for whoever does already, for at most [`limits::FETCH_WAIT`]: the fetch goes on.
-    pub(super) async fn bring(&self, id: FileId) -> Brought {
-        let mut state = self.join(id);
+    /// Brings the file of `size` bytes into the cache, or waits for whoever does already, for at most [`limits::FETCH_WAIT`]: the
+    /// fetch goes on.
+    pub(super) async fn bring(&self, id: FileId, size: u64) -> Brought {
+        let mut state = self.join(id, size);
         let done = state.wait_for(|state| matches!(state, State::Done { .. }));
         match timeout(limits::FETCH_WAIT, done).await {
             Ok(Ok(state)) => match *state {
@@ -216,7 +244,7 @@ impl Remote {
     }
 
     /// The fetch of the file that is under way, or has just failed, or is begun now.
-    fn join(&self, id: FileId) -> watch::Receiver<State> {
+    fn join(&self, id: FileId, size: u64) -> watch::Receiver<State> {
         let mut under_way = self.under_way();
         if under_way.len() >= limits::FETCH_MEMORY {
             under_way.retain(|_, state| still_counts(state));
@@ -232,7 +260,7 @@ impl Remote {
         under_way.insert(id, state.clone());
         let remote = self.clone();
         tokio::spawn(async move {
-            let outcome = remote.provide(id).await;
+            let outcome = remote.provide(id, size).await;
             remote.count();
             if outcome == Brought::Here {
                 remote.under_way().remove(&id);
@@ -249,7 +277,7 @@ impl Remote {
     }
 
     /// Looks at what is here already, then fetches. What goes wrong is logged here, once.
-    async fn provide(&self, id: FileId) -> Brought {
+    async fn provide(&self, id: FileId, size: u64) -> Brought {
         if self.inner.cache.touch(&id).is_some() {
             let Ok(_place) = self.inner.checks.acquire().await else {
                 return Brought::NotNow;
@@ -281,11 +309,12 @@ impl Remote {
         let Ok(_place) = self.inner.fetches.acquire().await else {
             return Brought::NotNow;
         };
-        let began = Instant::now();
-        let mut fetched = self.fetch(id).await;
+        let mut began = Instant::now();
+        let mut fetched = self.fetch(id, size).await;
         if let Err(StoreError::Damaged(_)) = fetched {
             // Once may be the way; what is wrong twice lies in the bucket like that, and is noted for good.
-            fetched = self.fetch(id).await;
+            began = Instant::now();
+            fetched = self.fetch(id, size).await;
         }
         let outcome = fetched.unwrap_or_else(|error| {
             let outcome = Brought::of(&error);
@@ -297,6 +326,18 @@ impl Remote {
             }
             outcome
         });
+        if let Brought::Here | Brought::Damaged = outcome {
+            let whole = outcome == Brought::Here;
+            // An older find counts no more.
+            self.found().remove(&id);
+            self.keep_found(
+                id,
+                Found {
+                    whole,
+                    since: began,
+                },
+            );
+        }
         metrics::counter!(m::FILES_FETCHED, "outcome" => outcome.word()).increment(1);
         match outcome {
             Brought::Here => tracing::info!(
@@ -315,43 +356,77 @@ impl Remote {
         outcome
     }
 
-    async fn fetch(&self, id: FileId) -> Result<Brought, StoreError> {
-        let Some((outline, mut content)) = self.inner.bucket.get(&id).await? else {
+    async fn fetch(&self, id: FileId, size: u64) -> Result<Brought, StoreError> {
+        let bytes = on_disk_bytes(size);
+        // Nothing is given up for it before it is known to come: while the bucket is away the cache is all there is.
+        if let Err(no_room) = self.inner.cache.has_room(bytes, self.in_use()) {
+            return Ok(self.no_room(id, size, no_room));
+        }
+        let Some((outline, mut content)) = self.inner.bucket.get(&id, size).await? else {
             return Ok(Brought::Nowhere);
         };
-        let size = outline.size();
-        let room = match self.room(on_disk_bytes(size)).await? {
+        let room = match self.room(bytes).await? {
             Ok(room) => room,
-            Err(NoRoom::Never) => return Ok(Brought::AboveCache { size }),
-            Err(NoRoom::Now) => {
-                tracing::warn!(
-                    file = %id, cache_bytes = self.cache_bytes(),
-                    "There is no room in the cache: all that is in it is being downloaded. Raise files.cache_bytes."
-                );
-                return Ok(Brought::NotNow);
-            }
+            Err(no_room) => return Ok(self.no_room(id, size, no_room)),
         };
         let mut arrival = Arrival::begin(self.inner.local.clone(), outline)?;
-        while let Some(bytes) = futures::StreamExt::next(&mut content).await {
-            arrival.take(bytes?).await?;
+        let (mut received, mut cut_off_at) = (0, 0);
+        while let Some(next) = futures::StreamExt::next(&mut content).await {
+            match next {
+                Ok(bytes) => {
+                    received += bytes.len() as u64;
+                    arrival.take(bytes).await?;
+                }
+                // The client goes on by itself in the first seconds only, and a large image takes longer than lines last.
+                Err(error @ (StoreError::Away { .. } | StoreError::Faulty { .. })) => {
+                    if received >= size {
+                        break;
+                    }
+                    if received - cut_off_at < limits::FETCH_PIECE_BYTES as u64 {
+                        return Err(error);
+                    }
+                    cut_off_at = received;
+                    content = self.inner.bucket.get_rest(&id, received, size).await?;
+                }
+                Err(error) => return Err(error),
+            }
         }
-        arrival.end().await?;
+        let ended = arrival.end().await;
+        if let Err(StoreError::Io { .. }) = ended {
+            // It may have its name already, and nobody counts it.
+            let local = self.inner.local.clone();
+            on_disk(move || local.remove(&id)).await?;
+        }
+        ended?;
         room.fill(id);
         Ok(Brought::Here)
     }
 
+    fn no_room(&self, file: FileId, size: u64, no_room: NoRoom) -> Brought {
+        match no_room {
+            NoRoom::Never => Brought::AboveCache { size },
+            NoRoom::Now => {
+                tracing::warn!(
+                    %file, cache_bytes = self.cache_bytes(),
+                    "There is no room in the cache: all that is in it is being downloaded. Raise files.cache_bytes."
+                );
+                Brought::NotNow
+            }
+        }
+    }
+
+    fn in_use(&self) -> impl Fn(&FileId) -> bool {
+        |file| self.inner.local.is_in_use(file)
+    }
+
     /// Makes room, and removes from the disk what has to go for it. What could not be removed is counted on.
     async fn room(&self, bytes: u64) -> Result<Result<Room<'_>, NoRoom>, StoreError> {
-        let local = &self.inner.local;
-        let reserved = self
-            .inner
-            .cache
-            .reserve(bytes, |file| local.is_in_use(file));
+        let reserved = self.inner.cache.reserve(bytes, self.in_use());
         let (room, victims) = match reserved {
             Ok(reserved) => reserved,
             Err(no_room) => return Ok(Err(no_room)),
         };
-        let local = local.clone();
+        let local = self.inner.local.clone();
         let (kept, removed) = on_disk(move || Ok(remove_all(&local, victims))).await?;
         for (file, bytes) in kept {
             self.inner.cache.put_back(file, bytes);
@@ -369,6 +444,7 @@ impl Remote {
         let whole = Arc::new(whole);
         self.inner.bucket.put(&whole, stop).await?;
         // What was found out about it before holds no longer.
+        self.found().remove(&id);
         self.under_way()
             .retain(|file, state| *file != id || matches!(*state.borrow(), State::UnderWay));
         let room = self.room(on_disk_bytes(outline.size())).await?;
@@ -378,9 +454,14 @@ impl Remote {
                 room.fill(id);
             }
             (_, whole) => {
-                drop(whole);
                 let local = self.inner.local.clone();
-                on_disk(move || local.discard(&id)).await?;
+                on_disk(move || {
+                    let discarded = local.discard(&id);
+                    // Not before: the next upload of the file begins as soon as this one is over.
+                    drop(whole);
+                    discarded
+                })
+                .await?;
             }
         }
         self.count();
@@ -391,6 +472,13 @@ impl Remote {
         metrics::gauge!(m::FILES_CACHED).set(self.inner.cache.bytes() as f64);
     }
 
+    fn found(&self) -> MutexGuard<'_, HashMap<FileId, Found>> {
+        self.inner
+            .found
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn under_way(&self) -> MutexGuard<'_, HashMap<FileId, watch::Receiver<State>>> {
         self.inner
             .under_way
@@ -398,6 +486,9 @@ impl Remote {
             .unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+const AWAY: &str =
+    "The image store is away: images that are cached here are served, others wait for it.";
 
 /// Whether who asks now gets this answer.
 fn still_counts(state: &watch::Receiver<State>) -> bool {
@@ -428,113 +519,10 @@ fn remove_all(
     (victims, Ok(()))
 }
 
-/// Locked while a server runs, and what a cache is known by.
-const LOCK: &str = "fwpush-cache.lock";
-
-/// Takes the cache's directory, making it (mode 0700). One that holds anything and is no cache is refused as it is; so is one that
-/// another server uses.
-fn take_dir(dir: &Path) -> Result<File, StoreError> {
-    make_dir(dir).map_err(StoreError::Open)?;
-    let path = dir.join(LOCK);
-    if !path.is_file() && !is_empty(dir).map_err(StoreError::Open)? {
-        return Err(StoreError::NoCache {
-            path: dir.to_owned(),
-        });
-    }
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(StoreError::Open)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => Err(StoreError::CacheInUse {
-            path: dir.to_owned(),
-        }),
-        Err(fs::TryLockError::Error(error)) => Err(StoreError::Open(error)),
-    }
-}
-
-/// But for what a new file system has, and for the lock of a server that starts at this moment.
-fn is_empty(dir: &Path) -> io::Result<bool> {
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        if name != "lost+found" && name != LOCK {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Enters what is in the directory, the oldest first, and removes what cannot be a whole file. Nothing is read: a file is hashed
-/// when it is asked for. What has no name of ours is left alone.
-fn find_cached(local: &LocalStore, cache: &Cache) -> io::Result<()> {
-    let mut whole = Vec::new();
-    for entry in fs::read_dir(local.root())? {
-        let entry = entry?;
-        let shard = entry.file_name();
-        match shard.to_str() {
-            Some(shard) if is_shard(shard) && entry.file_type()?.is_dir() => {
-                find_in_shard(local, &entry.path(), shard, &mut whole)?;
-            }
-            _ => {}
-        }
-    }
-    whole.sort_unstable();
-    for (_, id, bytes) in whole {
-        for gone in cache.enter_found(id, bytes) {
-            local.remove(&gone).map_err(io::Error::other)?;
-        }
-    }
-    Ok(())
-}
-
-/// When a file was written, and what it takes.
-type Found = (SystemTime, FileId, u64);
-
-fn find_in_shard(
-    local: &LocalStore,
-    path: &Path,
-    shard: &str,
-    whole: &mut Vec<Found>,
-) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        let about = entry.metadata()?;
-        let name = entry.file_name();
-        let Some(name) = name.to_str().filter(|_| about.is_file()) else {
-            continue;
-        };
-        let id = |name: &str| name.parse().ok().filter(|_| name.starts_with(shard));
-        let outline_of: Option<FileId> = name.strip_suffix(".outline").and_then(id);
-        if let Some(id) = id(name) {
-            let outline = fs::metadata(local.outline_path(&id)).map_or(0, |found| found.len());
-            if Outline::encoded_len(about.len()) == outline {
-                whole.push((about.modified()?, id, about.len() + outline));
-            } else {
-                local.remove(&id).map_err(io::Error::other)?;
-            }
-        } else if name.starts_with(FETCHED)
-            || name.starts_with(OUTLINE)
-            || outline_of.is_some_and(|id| !local.has(&id))
-        {
-            // Of a fetch that was cut off; or an outline whose content is not there.
-            fs::remove_file(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-fn is_shard(name: &str) -> bool {
-    name.len() == 2
-        && name
-            .bytes()
-            .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]

@@ -16,8 +16,8 @@ use fwpush_keys::{
     time::Timestamp,
 };
 use object_store::{
-    BackoffConfig, Certificate, ClientOptions, Error, MultipartUpload, ObjectStore as _,
-    ObjectStoreExt as _, PutPayload, RetryConfig,
+    BackoffConfig, Certificate, ClientOptions, Error, GetOptions, GetResult, MultipartUpload,
+    ObjectStore as _, ObjectStoreExt as _, PutPayload, RetryConfig,
     aws::{AmazonS3, AmazonS3Builder},
     list::{PaginatedListOptions, PaginatedListStore as _},
     path::Path,
@@ -27,9 +27,19 @@ use tokio::{sync::Semaphore, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    files::{StoreError, local::Whole, place::S3Place},
+    files::{
+        StoreError,
+        answers::{Connector, Why},
+        local::Whole,
+        place::S3Place,
+    },
     limits,
 };
+
+/// Bytes of a file as they come.
+pub(super) type Content = BoxStream<'static, Result<Bytes, StoreError>>;
+
+const FETCH: &str = "fetch an image";
 
 /// The bucket; clones share its connections.
 #[derive(Clone)]
@@ -110,6 +120,7 @@ impl Bucket {
             // Its answer has one error for all keys, without a kind; and not every server has it.
             .with_disable_bulk_delete(true)
             .with_client_options(options)
+            .with_http_connector(Connector)
             .with_retry(RetryConfig {
                 backoff: BackoffConfig {
                     init_backoff: Duration::from_millis(100),
@@ -130,7 +141,7 @@ impl Bucket {
 
     /// Two small questions: whether the bucket is there and lets us in.
     pub(super) async fn check(&self) -> Result<(), StoreError> {
-        // A question about an object tells a refusal from silence, a list tells whether there is a bucket: its errors have no kind.
+        // A list tells whether there is a bucket; an object whether we may read what is in it.
         let nothing = Path::from(format!("{}fwpush-probe", self.prefix()));
         match self.s3.head(&nothing).await {
             Ok(_) | Err(Error::NotFound { .. }) => self.is_there().await,
@@ -145,12 +156,9 @@ impl Bucket {
             ..PaginatedListOptions::default()
         };
         let listed = self.s3.list_paginated(Some(&self.prefix()), one).await;
-        let bucket = self.place.to_string();
-        match listed {
-            Ok(_) => Ok(()),
-            Err(source) if was_cut_off(&source) => Err(self.failed("list images", source)),
-            Err(source) => Err(StoreError::NoBucket { bucket, source }),
-        }
+        listed
+            .map(drop)
+            .map_err(|error| self.failed("list images", error))
     }
 
     /// Bytes of the file, with its outline beside it. `None`: it is not there, or not whole.
@@ -171,27 +179,47 @@ impl Bucket {
         }
     }
 
-    /// The file's verified outline and its content as it comes. `None`: it is not there.
+    /// The verified outline of a file of `size` bytes, and its content as it comes. `None`: it is not there.
     pub(super) async fn get(
         &self,
         id: &FileId,
-    ) -> Result<Option<(Outline, BoxStream<'static, Result<Bytes, StoreError>>)>, StoreError> {
+        size: u64,
+    ) -> Result<Option<(Outline, Content)>, StoreError> {
         let content = match self.s3.get(&self.content(id)).await {
             Ok(content) => content,
             Err(Error::NotFound { .. }) => return self.is_there().await.map(|()| None),
-            Err(error) => return Err(self.failed("fetch an image", error)),
+            Err(error) => return Err(self.failed(FETCH, error)),
         };
-        let size = content.meta.size;
-        if !(1..=limits::FILE_BYTES).contains(&size) {
+        if content.meta.size != size || !(1..=limits::FILE_BYTES).contains(&size) {
             return Err(StoreError::Damaged(*id));
         }
         let outline = self.get_outline(id, size).await?;
         let outline = outline.map_err(|_| StoreError::Damaged(*id))?;
+        Ok(Some((outline, self.content_of(content))))
+    }
+
+    /// The content from `offset` on, of a file of `size` bytes of which that much has come.
+    pub(super) async fn get_rest(
+        &self,
+        id: &FileId,
+        offset: u64,
+        size: u64,
+    ) -> Result<Content, StoreError> {
+        let rest = GetOptions::new().with_range(Some(offset..size));
+        let content = self.s3.get_opts(&self.content(id), rest).await;
+        let content = content.map_err(|error| self.failed(FETCH, error))?;
+        if content.meta.size != size {
+            return Err(StoreError::Damaged(*id));
+        }
+        Ok(self.content_of(content))
+    }
+
+    fn content_of(&self, found: GetResult) -> Content {
         let bucket = self.clone();
-        let stream = content
+        found
             .into_stream()
-            .map_err(move |error| bucket.failed("fetch an image", error));
-        Ok(Some((outline, stream.boxed())))
+            .map_err(move |error| bucket.failed(FETCH, error))
+            .boxed()
     }
 
     async fn get_outline(
@@ -210,7 +238,7 @@ impl Bucket {
         Ok(Outline::from_bytes(*id, size, &bytes))
     }
 
-    /// Brings an upload to the bucket: its outline, then its content. Cancelled by `stop`, nothing is left but the outline.
+    /// Brings an upload to the bucket: its outline, then its content. Cancelled by `stop`, or dropped, nothing is left but the outline.
     pub(super) async fn put(
         &self,
         whole: &Arc<Whole>,
@@ -229,19 +257,21 @@ impl Bucket {
             let put = self.s3.put(&path, bytes.into()).await;
             return put.map(drop).map_err(failed);
         }
-        let mut upload = self.s3.put_multipart(&path).await.map_err(failed)?;
-        let sent = match self.put_parts(&mut *upload, whole, stop).await {
-            Ok(()) => upload.complete().await.map(drop).map_err(failed),
-            Err(error) => Err(error),
+        let upload = self.s3.put_multipart(&path).await.map_err(failed)?;
+        let mut parts = Parts {
+            file: id,
+            upload: Some(upload),
         };
-        if sent.is_err() {
-            // What stays of it costs room until the bucket's own rule for unfinished uploads takes it away.
-            if let Err(error) = upload.abort().await {
-                tracing::warn!(
-                    file = %id, error = &error as &dyn std::error::Error,
-                    "The parts of an image that was not stored stay in the bucket for a while."
-                );
-            }
+        let sent = match &mut parts.upload {
+            Some(upload) => match self.put_parts(&mut **upload, whole, stop).await {
+                Ok(()) => upload.complete().await.map(drop).map_err(failed),
+                Err(error) => Err(error),
+            },
+            None => Ok(()),
+        };
+        let upload = parts.upload.take();
+        if let (Err(_), Some(upload)) = (&sent, upload) {
+            forget_parts(id, upload).await;
         }
         sent
     }
@@ -381,28 +411,53 @@ impl Bucket {
 
     fn failed(&self, operation: &'static str, source: Error) -> StoreError {
         let bucket = self.place.to_string();
-        match source {
-            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => StoreError::Refused {
+        match Why::of(&source) {
+            Why::Silence => StoreError::Away {
+                operation,
+                bucket,
+                source,
+            },
+            Why::Fault => StoreError::Faulty {
+                operation,
+                bucket,
+                source,
+            },
+            Why::Refusal => StoreError::Refused {
                 operation,
                 bucket,
                 source,
             },
             // Where an object may be missing, that was looked at before: it is the bucket.
-            Error::NotFound { .. } => StoreError::NoBucket { bucket, source },
-            source => StoreError::Away {
-                operation,
-                bucket,
-                source,
-            },
+            Why::Missing => StoreError::NoBucket { bucket, source },
         }
     }
 }
 
-/// Whether there was no answer at all.
-fn was_cut_off(error: &Error) -> bool {
-    let mut causes =
-        std::iter::successors(std::error::Error::source(error), |error| error.source());
-    causes.any(|cause| cause.is::<object_store::client::HttpError>())
+/// Parts of an image that are not one object yet. Whoever brings the image may hang up, which ends the work on them without a word:
+/// dropped, they are forgotten.
+struct Parts {
+    file: FileId,
+    upload: Option<Box<dyn MultipartUpload>>,
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        // There is no runtime when the process ends.
+        let runtime = tokio::runtime::Handle::try_current();
+        if let (Some(upload), Ok(runtime)) = (self.upload.take(), runtime) {
+            runtime.spawn(forget_parts(self.file, upload));
+        }
+    }
+}
+
+/// Tells the bucket to forget them. What stays costs room until the bucket's own rule for unfinished uploads takes it away.
+async fn forget_parts(file: FileId, mut upload: Box<dyn MultipartUpload>) {
+    if let Err(error) = upload.abort().await {
+        tracing::warn!(
+            %file, error = &error as &dyn std::error::Error,
+            "The parts of an image that was not stored stay in the bucket for a while."
+        );
+    }
 }
 
 /// How the name of an outline ends.

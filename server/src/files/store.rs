@@ -11,10 +11,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::files::{
     StoreError, Upload,
+    arrival::check_whole,
     local::{LocalStore, StoredFile},
     on_disk,
     place::FilesPlace,
-    remote::{Brought, Remote},
+    remote::{Brought, Found, Remote},
     s3::{Presigned, Stored},
 };
 
@@ -65,15 +66,19 @@ impl FileStore {
         }
     }
 
-    /// The file, or `None` if it is not in the store.
+    /// The file, which has `size` bytes, or `None` if it is not in the store.
     ///
     /// From a bucket it is fetched first, once for all who ask, and waited for for at most
     /// [`limits::FETCH_WAIT`](crate::limits::FETCH_WAIT); after that, and while the bucket is away, the answer is
-    /// [`StoreError::NotHereNow`].
-    pub async fn get(&self, id: &FileId) -> Result<Option<Arc<StoredFile>>, StoreError> {
+    /// [`StoreError::NotHereNow`]. One for which the cache has no room is not asked for.
+    pub async fn get(&self, id: &FileId, size: u64) -> Result<Option<Arc<StoredFile>>, StoreError> {
         let Some(remote) = &self.remote else {
             return self.open_local(id).await;
         };
+        if self.local.is_damaged(id) {
+            // While it was read; mapped anew it may look whole.
+            remote.doubt(id);
+        }
         // What was brought may be evicted again before it is opened: then it is brought once more, and after that it is too busy.
         for _ in 0..2 {
             if remote.is_verified(id) {
@@ -84,7 +89,7 @@ impl FileStore {
                     Err(error) => return Err(error),
                 }
             }
-            match remote.bring(*id).await {
+            match remote.bring(*id, size).await {
                 Brought::Here => {}
                 Brought::Nowhere => return Ok(None),
                 Brought::Damaged => return Err(StoreError::Damaged(*id)),
@@ -96,6 +101,26 @@ impl FileStore {
             }
         }
         Err(StoreError::NotHereNow)
+    }
+
+    /// What the last fetch of the file found in the bucket, once; `None` also of a directory.
+    pub fn take_found(&self, id: &FileId) -> Option<Found> {
+        self.remote.as_ref()?.take_found(id)
+    }
+
+    /// Gives back what could not be noted now.
+    pub fn keep_found(&self, id: &FileId, found: Found) {
+        if let Some(remote) = &self.remote {
+            remote.keep_found(*id, found);
+        }
+    }
+
+    /// Whether a file of a directory is what its name says: reads all of it. `None`: the store is a bucket.
+    pub async fn is_whole(&self, id: &FileId) -> Result<Option<bool>, StoreError> {
+        let (Some(local), id) = (self.directory().cloned(), *id) else {
+            return Ok(None);
+        };
+        on_disk(move || check_whole(&local, &id)).await.map(Some)
     }
 
     /// Whether this node can serve a file of `size` bytes: one that its cache cannot hold is [`StoreError::AboveCache`].

@@ -7,7 +7,11 @@ use tokio::sync::OwnedSemaphorePermit;
 use tonic::Status;
 
 use super::{Admin, id};
-use crate::{api::status as map, files::Mapped, limits};
+use crate::{
+    api::{status as map, stored},
+    files::Mapped,
+    limits,
+};
 
 /// What is still to be sent of a file.
 struct Sending {
@@ -29,12 +33,11 @@ pub async fn send(
         .map_err(|_| Status::invalid_argument("a file has no such part"))?;
     let place = admin.downloads.clone().try_acquire_owned();
     let place = place.map_err(|_| map::try_later("too many downloads by operators now"))?;
-    let stored = admin
-        .store
-        .get(&file)
-        .await
-        .map_err(map::store)?
-        .ok_or_else(|| Status::not_found(format!("the server does not have the file {file}")))?;
+    let missing = || Status::not_found(format!("the server does not have the file {file}"));
+    let row = admin.db.file(&file).await.map_err(map::db)?;
+    let size = row.ok_or_else(missing)?.size;
+    let stored = stored::open(&admin.db, &admin.store, &file, size).await?;
+    let stored = stored.ok_or_else(missing)?;
     let mapped = match part {
         Part::Content => stored.content.clone(),
         Part::Outline => stored.outline.clone(),

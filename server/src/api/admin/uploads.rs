@@ -40,7 +40,8 @@ pub async fn status(
         .is_some_and(|row| !row.is_kept());
     let stored = match admin.store.size(&file).await {
         _ if mend => None,
-        Ok(stored) => stored,
+        // Of another length it cannot be what its name says.
+        Ok(stored) => stored.filter(|size| *size == request.size),
         // What is uploaded takes its place.
         Err(StoreError::Damaged(_)) => None,
         Err(error) => return Err(map::store(error)),
@@ -80,7 +81,7 @@ async fn received(admin: &Admin, file: FileId, size: u64) -> Result<u64, Status>
         let received = uploads.received(&file)?;
         if received > size {
             // A remnant of an upload that announced another size; only a whole one could be told right from wrong.
-            uploads.discard(&file)?;
+            uploads.discard_idle(&file)?;
             return Ok(0);
         }
         Ok(received)

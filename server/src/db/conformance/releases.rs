@@ -111,13 +111,18 @@ async fn a_file_belongs_to_the_products_whose_releases_name_it(mut bench: Bench)
     assert!(
         bench
             .db
-            .products_of_file(&FileId::of(b"nobody's"))
+            .named_file(&FileId::of(b"nobody's"))
             .await
             .unwrap()
-            .is_empty()
+            .is_none()
     );
     let whose = async || {
-        let mut whose = bench.db.products_of_file(&file).await.unwrap();
+        let named = bench.db.named_file(&file).await.unwrap().unwrap();
+        assert_eq!(
+            named.size,
+            bench.db.file(&file).await.unwrap().unwrap().size
+        );
+        let mut whose = named.products;
         whose.sort();
         whose
     };

@@ -91,7 +91,7 @@ async fn a_bucket_that_is_gone_is_not_a_bucket_without_the_image() {
     gone(store.check().await);
     gone(store.size(&missing).await.map(drop));
     gone(store.delete(&id).await);
-    let answer = store.get(&id).await;
+    let answer = get(&store, &id).await;
     assert!(matches!(answer, Err(StoreError::NotHereNow)), "{answer:?}");
     fs::rename(&aside, &bucket).unwrap();
     served_at_last(&store, &id).await;
@@ -111,7 +111,7 @@ async fn an_image_that_cannot_be_removed_counts_and_goes_when_it_can() {
     let (path, aside) = (second.cached(&old), second.dir.path().join("aside"));
     fs::rename(&path, &aside).unwrap();
     fs::create_dir(&path).unwrap();
-    let answer = b.get(&new).await;
+    let answer = get(&b, &new).await;
     assert!(matches!(answer, Err(StoreError::NotHereNow)), "{answer:?}");
     assert!(b.drop_cached(&old).await.is_err());
     assert_eq!(b.cached(), [old], "its bytes are not given away");

@@ -245,3 +245,139 @@ fn nodes_that_share_a_directory_do_not_write_each_others_uploads() {
     assert!(matches!(slow.finish(), Err(StoreError::WrongHash { .. })));
     assert!(b.get(&id).unwrap().is_some());
 }
+
+/// A day more than an upload is kept, and an hour.
+const LONG_AGO: Duration = Duration::from_secs(8 * 24 * 3_600 + 3_600);
+
+fn age(path: &Path, by: Duration) {
+    let file = File::open(path).unwrap();
+    file.set_modified(SystemTime::now() - by).unwrap();
+}
+
+#[test]
+fn what_a_node_that_is_gone_left_behind_is_forgotten_and_nothing_of_one_that_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = |name: &str| LocalStore::open_shared(dir.path(), &name.parse().unwrap()).unwrap();
+    let (a, b) = (node("a"), node("b"));
+    let [old, new] = [b"old", b"new"].map(|name| FileId::of(name));
+    let begin = |store: &LocalStore, id| {
+        let mut upload = store.upload(id, 10, 0, "op").unwrap();
+        upload.append(b"12345").unwrap();
+    };
+    for id in [old, new] {
+        begin(&a, id);
+    }
+    // From before the directory was shared.
+    let before = dir.path().join("uploads").join(old.to_string());
+    fs::write(&before, "12345").unwrap();
+    for path in [&before, &a.upload_path(&old)] {
+        age(path, LONG_AGO);
+    }
+    let foreign = dir.path().join("uploads/notes");
+    fs::write(&foreign, "mine").unwrap();
+    age(&foreign, LONG_AGO);
+    let (alive, day) = (a.inner.uploads.join(".alive"), limits::UPLOADER_GONE);
+    b.forget_old_uploads().unwrap();
+    assert_eq!(a.received(&old).unwrap(), 5, "the node lives");
+    assert!(!before.exists() && foreign.exists());
+    age(&alive, day + Duration::from_secs(60));
+    for (upload, held) in [(old, 0), (new, 5)] {
+        b.forget_old_uploads().unwrap();
+        assert_eq!(a.received(&upload).unwrap(), held);
+    }
+    age(&a.upload_path(&new), limits::UPLOAD_KEPT + day / 2);
+    b.forget_old_uploads().unwrap();
+    assert_eq!(a.received(&new).unwrap(), 5, "not before it would itself");
+    // It comes back in time.
+    age(&a.upload_path(&new), LONG_AGO);
+    left::beat(&a.inner.uploads).unwrap();
+    b.forget_old_uploads().unwrap();
+    assert_eq!(a.received(&new).unwrap(), 5);
+    // And in the very moment in which it was found to be gone.
+    let now = SystemTime::now();
+    left::forget_of(&a.inner.uploads, &"a".parse().unwrap(), now).unwrap();
+    assert_eq!(a.received(&new).unwrap(), 5);
+    age(&alive, 2 * day);
+    b.forget_old_uploads().unwrap();
+    assert!(!a.inner.uploads.exists(), "nothing is left of it");
+    // It was only suspended.
+    let (content, id) = image(1_000);
+    put(&a, &content, id).unwrap();
+    a.forget_old_uploads().unwrap();
+    assert!(alive.exists() && b.inner.uploads.exists());
+}
+
+#[test]
+fn a_node_of_a_version_that_does_not_say_that_it_lives_keeps_what_it_works_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = LocalStore::open_shared(dir.path(), &"b".parse().unwrap()).unwrap();
+    let theirs = dir.path().join("uploads/a");
+    fs::create_dir(&theirs).unwrap();
+    let uploads = [b"x", b"y"].map(|name| theirs.join(FileId::of(name).to_string()));
+    for upload in &uploads {
+        fs::write(upload, "12345").unwrap();
+        age(upload, LONG_AGO);
+    }
+    store.forget_old_uploads().unwrap();
+    assert!(uploads[0].exists(), "its directory was changed today");
+    age(&theirs, LONG_AGO);
+    store.forget_old_uploads().unwrap();
+    assert!(!theirs.exists());
+}
+
+#[test]
+fn how_long_an_upload_got_nothing_is_told_by_the_file_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = dir.path();
+    let (own, theirs) = (all.join("own"), all.join("theirs"));
+    for path in [&own, &theirs] {
+        left::beat(path).unwrap();
+    }
+    let upload = theirs.join(FileId::of(b"x").to_string());
+    fs::write(&upload, "12345").unwrap();
+    // The file server's clock, not this machine's, is ten days on, and the other node has just said that it lives.
+    let later = SystemTime::now() + Duration::from_secs(10 * 24 * 3_600);
+    let alive = File::open(theirs.join(".alive")).unwrap();
+    alive.set_modified(later).unwrap();
+    left::forget(all, &own, later).unwrap();
+    assert!(upload.exists());
+    left::forget(all, &own, later + 2 * limits::UPLOADER_GONE).unwrap();
+    assert!(!theirs.exists() && own.exists());
+}
+
+#[test]
+fn an_upload_under_way_is_not_thrown_away_because_somebody_announces_another_size() {
+    let (_dir, store) = store();
+    let (content, id) = image(1_000);
+    let mut upload = store.upload(id, 1_000, 0, "op").unwrap();
+    upload.append(&content).unwrap();
+    assert!(matches!(
+        store.discard_idle(&id),
+        Err(StoreError::UploadBusy)
+    ));
+    upload.finish().unwrap();
+    drop(store.upload(id, 1_000, 0, "op").unwrap());
+    store.discard_idle(&id).unwrap();
+    assert!(!store.upload_path(&id).exists());
+}
+
+#[test]
+fn bytes_that_changed_since_they_were_hashed_are_not_passed_on() {
+    let (_dir, store) = store();
+    let (content, id) = image(200_000);
+    let mut upload = store.upload(id, 200_000, 0, "op").unwrap();
+    upload.append(&content).unwrap();
+    let whole = upload.check().unwrap();
+    assert_eq!(
+        whole.read(65_536, 65_536).unwrap(),
+        content[65_536..131_072]
+    );
+    let path = store.upload_path(&id);
+    let changed = File::options().write(true).open(path).unwrap();
+    changed.write_all_at(b"x", 70_000).unwrap();
+    whole.read(0, 65_536).unwrap();
+    assert!(matches!(
+        whole.read(65_536, 65_536),
+        Err(StoreError::Damaged(found)) if found == id
+    ));
+}
