@@ -1,7 +1,8 @@
 //! Accept loop: capacity, TLS handshake, identity, HTTP/2, drain.
 //!
 //! A silent peer holds a socket and nothing else: it takes a place among the handshakes only once its first bytes are here.
-//! Places are taken before work is done, first of its address, then of all. Behind a front ([`proxy`]) its address is the one
+//! Places are taken before work is done, first of its address, then of all; the latter is a device's until it is registered, so that
+//! no more devices are let in than are served in time. Behind a front ([`proxy`]) its address is the one
 //! that the front tells.
 
 mod handshakes;
@@ -13,7 +14,7 @@ use std::{
     net::SocketAddr,
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -33,7 +34,7 @@ use hyper_util::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -59,6 +60,23 @@ pub struct Caller {
     pub address: SocketAddr,
     /// Cancelling it ends the connection with everything on it.
     pub hang_up: CancellationToken,
+    pub arrival: Arrival,
+}
+
+/// A device's place among those that arrive ([`limits::ARRIVALS`]): from its handshake on until it is registered, for
+/// [`limits::FIRST_REQUEST`] at most. Clones are of the same place.
+#[derive(Clone, Debug)]
+pub struct Arrival(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Arrival {
+    fn new(place: OwnedSemaphorePermit) -> Self {
+        Self(Arc::new(Mutex::new(Some(place))))
+    }
+
+    /// Gives the place to the next.
+    pub fn over(&self) {
+        drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
 }
 
 /// How a listener stops, in this order: no new connections, GOAWAY on the present ones, end.
@@ -183,9 +201,10 @@ async fn connection(
         () = stop.accept.cancelled() => return Err(Refused::Stopping),
         opened = open(tcp, address, listener, handshakes, patience) => opened?,
     };
-    let Some(io) = opened else {
+    let Some((io, place)) = opened else {
         return Ok(());
     };
+    let arrival = Arrival::new(place);
     metrics::counter!(m::HANDSHAKES, "listener" => listener.name).increment(1);
     if io.get_ref().1.alpn_protocol() != Some(b"h2") {
         return Err(Refused::NotHttp2);
@@ -202,12 +221,16 @@ async fn connection(
                 .map_err(fwpush_keys::IdentityError::from)?;
             let entered = listener.access.enter(&device, &peer, hang_up.clone());
             if let Err(refused) = listener.access.check_device(&device, &peer).await {
+                arrival.over();
                 tell(io, &refused).await;
                 return Err(refused.into());
             }
             Some(entered)
         }
-        Role::Node | Role::Operator => None,
+        Role::Node | Role::Operator => {
+            arrival.over();
+            None
+        }
     };
     let gauge = metrics::gauge!(m::CONNECTIONS, "listener" => listener.name);
     gauge.increment(1.0);
@@ -215,13 +238,15 @@ async fn connection(
         peer: Arc::new(peer),
         address: *address,
         hang_up,
+        arrival,
     };
     serve_http(io, listener, caller, stop).await;
     gauge.decrement(1.0);
     Ok(())
 }
 
-/// From the accepted socket to TLS: the front's header where there is a front, the peer's first byte, a place, the handshake.
+/// From the accepted socket to TLS: the front's header where there is a front, the peer's first byte, a place, the handshake. The
+/// place is given along.
 /// `None`: a front only looked whether this node is there, which is no refusal.
 async fn open(
     mut tcp: TcpStream,
@@ -229,7 +254,7 @@ async fn open(
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     patience: Duration,
-) -> Result<Option<TlsStream<TcpStream>>, Refused> {
+) -> Result<Option<(TlsStream<TcpStream>, OwnedSemaphorePermit)>, Refused> {
     let _ = tcp.set_nodelay(true);
     let until = Instant::now() + patience;
     let is_front = listener.proxies.load().has(address.ip());
@@ -261,17 +286,18 @@ async fn handshake(
     listener: &Listener,
     handshakes: &Arc<Handshakes>,
     waiting: Waiting,
-) -> Result<TlsStream<TcpStream>, Refused> {
+) -> Result<(TlsStream<TcpStream>, OwnedSemaphorePermit), Refused> {
     let places = timeout(limits::HANDSHAKE_TIME, handshakes.places(&waiting)).await;
-    let places = places
+    let (own, place) = places
         .map_err(|_| Refused::Slow)?
         .ok_or(Refused::Stopping)?;
     let acceptor = TlsAcceptor::from(listener.tls.load_full());
     let accepted = timeout(limits::HANDSHAKE_TIME, acceptor.accept(tcp).into_fallible()).await;
-    drop(places);
+    drop(own);
     match accepted {
-        Ok(Ok(io)) => Ok(io),
+        Ok(Ok(io)) => Ok((io, place)),
         Ok(Err((error, tcp))) => {
+            drop(place);
             linger(tcp).await;
             Err(Refused::Tls(tls::explain(&error)))
         }
@@ -328,7 +354,7 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
         .initial_stream_window_size(if devices { 128 << 10 } else { 4 << 20 })
         .initial_connection_window_size(if devices { 256 << 10 } else { 8 << 20 });
     let hang_up = caller.hang_up.clone();
-    let address = caller.address;
+    let (address, arrival) = (caller.address, caller.arrival.clone());
     let mut certificate_ends = pin!(tokio::time::sleep(
         caller.peer.not_after.since(Timestamp::now())
     ));
@@ -357,6 +383,7 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
             }
             () = patience.as_mut(), if silent => {
                 silent = false;
+                arrival.over();
                 if !asked.load(Ordering::Relaxed) {
                     tracing::info!(peer = %address, "A connection was closed: nothing was asked on it.");
                     break;

@@ -22,7 +22,9 @@ use crate::{
     db::{Db, DeviceRecord, ReleaseRow},
     desired::{self, Desired, DesiredAction},
     ingest::{DeviceReport, Ingest, ReportError},
-    limits, metrics as m,
+    limits,
+    listen::Arrival,
+    metrics as m,
     mirrors::Mirrors,
     route::Route,
     session::{Closing, Session, Sessions},
@@ -66,11 +68,13 @@ pub async fn run(
     device: DeviceId,
     mut inbound: Streaming<ClientMessage>,
     out: Out,
+    arrival: Arrival,
 ) {
-    let end = match serve(&context, &device, &mut inbound, &out).await {
+    let end = match serve(&context, &device, &mut inbound, &out, &arrival).await {
         Err(end) => end,
         Ok(never) => match never {},
     };
+    arrival.over();
     let reason = match &end {
         End::Left => "left",
         End::Stalled => "stalled",
@@ -93,6 +97,7 @@ async fn serve(
     device: &DeviceId,
     inbound: &mut Streaming<ClientMessage>,
     out: &Out,
+    arrival: &Arrival,
 ) -> Result<std::convert::Infallible, End> {
     let hello = wire::hello(first_message(inbound).await?, device)?;
     let record = context.db.device(device).await.map_err(wire::db)?;
@@ -137,6 +142,7 @@ async fn serve(
         heard: Instant::now(),
     };
     stream.welcome(&hello.facts, desired).await?;
+    arrival.over();
     stream.exchange(inbound).await
 }
 

@@ -43,10 +43,12 @@ impl PushService for Push {
             .await
             .map_err(status::access)?;
         let (context, address) = (self.context.clone(), caller.address);
+        let arrival = caller.arrival.clone();
         // One message ahead of the socket: what waits longer waits in the session's latest-wins slot.
         let (out, answer) = mpsc::channel(1);
         let span = tracing::info_span!("stream", device.id = %device, peer = %address);
-        tokio::spawn(stream::run(context, device, request.into_inner(), out).instrument(span));
+        let inbound = request.into_inner();
+        tokio::spawn(stream::run(context, device, inbound, out, arrival).instrument(span));
         Ok(Response::new(ReceiverStream::new(answer)))
     }
 }

@@ -1,4 +1,4 @@
-//! Places for unfinished handshakes: first some of each address, then some of all.
+//! Places for those that arrive: first some of each address, then some of all.
 
 use std::{
     collections::HashMap,
@@ -43,7 +43,7 @@ pub struct Waiting {
 
 impl Handshakes {
     pub fn new(per_address: usize) -> Self {
-        let all = Arc::new(Semaphore::new(limits::HANDSHAKES));
+        let all = Arc::new(Semaphore::new(limits::ARRIVALS));
         Self {
             all,
             per_address,

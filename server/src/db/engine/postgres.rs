@@ -236,6 +236,8 @@ fn pool(connections: u32) -> PgPoolOptions {
     PgPoolOptions::new()
         .max_connections(connections)
         .acquire_timeout(limits::DB_ACQUIRE)
+        // A line for each device that waits while thousands connect would only be more work.
+        .acquire_slow_threshold(limits::DB_ACQUIRE)
         // After the server was away, connections that died with it are found before they are used.
         .test_before_acquire(true)
 }
