@@ -1,6 +1,7 @@
 //! Several nodes: PostgreSQL, Redis and `fwpush serve` as real processes, and fleets spread over them.
 
 mod bucket;
+mod crowd;
 mod operators;
 mod outages;
 mod partitions;

@@ -7,6 +7,7 @@ pub mod bootloader;
 pub mod client;
 pub mod clock;
 pub mod cluster;
+pub mod crowd;
 pub mod disk;
 pub mod front;
 pub mod hostile;

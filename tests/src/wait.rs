@@ -8,8 +8,20 @@ use std::{
 /// How long anything may take before a test calls it broken. Not a measure of speed.
 pub const LONG: Duration = Duration::from_secs(120);
 
-/// Asks `look` until it gives `Some`; panics with its last words after [`LONG`].
-pub async fn until<T, Seen: Debug, F>(what: &str, mut look: impl FnMut() -> F) -> T
+/// Asks `look` until it gives `Ok`; panics with its last words after [`LONG`].
+pub async fn until<T, Seen: Debug, F>(what: &str, look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, Seen>>,
+{
+    until_within(LONG, what, look).await
+}
+
+/// As [`until`], after `patience`.
+pub async fn until_within<T, Seen: Debug, F>(
+    patience: Duration,
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T
 where
     F: Future<Output = Result<T, Seen>>,
 {
@@ -19,8 +31,8 @@ where
             Ok(found) => return found,
             Err(seen) => {
                 assert!(
-                    start.elapsed() < LONG,
-                    "waited {LONG:?} for {what}; last seen: {seen:?}"
+                    start.elapsed() < patience,
+                    "waited {patience:?} for {what}; last seen: {seen:?}"
                 );
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
