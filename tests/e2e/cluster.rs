@@ -7,40 +7,49 @@ mod outages;
 mod partitions;
 mod streams;
 
+use std::path::PathBuf;
+
 use device_sim::{Fleet, FleetConfig};
 use fwpush_tests::{cluster::Cluster, wait::until};
 
-use crate::fleet::{fleet, reached};
+use crate::fleet::{all_online, fleet, reached};
 
 /// Room for what a comparison with the database takes on a loaded machine.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(240);
 
-/// A fleet in this process, spread over all nodes.
-fn spread(
+/// A fleet in this process, spread over all nodes and online.
+async fn spread(
     cluster: &Cluster,
     prefix: &str,
     devices: usize,
     change: impl FnOnce(&mut FleetConfig),
 ) -> Fleet {
-    fleet(&cluster.site, prefix, devices, |config| {
+    let fleet = fleet(&cluster.site, prefix, devices, |config| {
         config.servers = cluster.servers();
         change(config);
-    })
+    });
+    all_online(&fleet).await;
+    fleet
+}
+
+/// Begins to release an image of `bytes` to every device.
+fn begin_release(cluster: &Cluster, version: &str, bytes: usize) -> PathBuf {
+    let image = cluster.site.image(version, bytes, 1);
+    let begun = cluster.site.release_with(&image, version, &["--detach"]);
+    begun.ok();
+    image
 }
 
 /// What any device was told is committed must be there, whichever node told it.
 fn nothing_confirmed_is_missing(cluster: &Cluster, fleet: &Fleet) {
+    let node = cluster.running();
     // First what the devices heard, then what the database has: it only goes forward.
     for device in fleet.devices() {
         let Some(report) = device.last_confirmed else {
             continue;
         };
         let id = device.id.as_str();
-        let shown = cluster
-            .running()
-            .fwpush(&["device", "show", id, "--json"])
-            .ok()
-            .json();
+        let shown = node.fwpush(&["device", "show", id, "--json"]).ok().json();
         let row = &shown["updates"][0];
         let phase = row["phase"].as_str().unwrap_or_default().to_owned();
         assert!(

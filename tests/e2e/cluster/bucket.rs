@@ -6,8 +6,9 @@ use fwpush_services::{
 };
 use fwpush_tests::{cluster::Cluster, wait::until};
 
-use super::{all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
-use crate::fleet::all_online;
+use super::{
+    all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_image_uploaded_at_one_node_is_fetched_once_by_each_and_outlives_the_bucket() {
@@ -29,13 +30,8 @@ async fn an_image_uploaded_at_one_node_is_fetched_once_by_each_and_outlives_the_
         config.insert("files".into(), toml::Table::from_iter(files).into());
     });
     let Some(cluster) = started.await else { return };
-    let fleet = spread(&cluster, "s3-", 60, |_| {});
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", 1 << 20, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    let fleet = spread(&cluster, "s3-", 60, |_| {}).await;
+    let image = begin_release(&cluster, "1.1.0", 1 << 20);
     all_as_expected(&fleet, "1.1.0", 60).await;
     rollout_complete(&cluster).await;
     let file = blake3::hash(&std::fs::read(&image).unwrap()).to_string();
@@ -59,7 +55,7 @@ async fn an_image_uploaded_at_one_node_is_fetched_once_by_each_and_outlives_the_
     let status = cluster.fwpush_at(2, &["cluster", "status", "--json"]);
     assert_eq!(status.code, 1);
     // The rollout is to all: devices that come later join it.
-    let newcomers = spread(&cluster, "new-", 12, |_| {});
+    let newcomers = spread(&cluster, "new-", 12, |_| {}).await;
     all_as_expected(&newcomers, "1.1.0", 12).await;
     nothing_confirmed_is_missing(&cluster, &fleet);
 }

@@ -7,8 +7,11 @@ use fwpush_tests::{
     wait::{LONG, until},
 };
 
-use super::{PATIENCE, all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
-use crate::fleet::{all_online, version};
+use super::{
+    PATIENCE, all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete,
+    spread,
+};
+use crate::fleet::version;
 
 const MIB: usize = 1 << 20;
 
@@ -26,8 +29,7 @@ async fn without_redis_a_rollout_completes_slower_and_no_stream_is_dropped() {
     let Some(mut cluster) = Cluster::start(3).await else {
         return;
     };
-    let fleet = spread(&cluster, "bare-", 30, |_| {});
-    all_online(&fleet).await;
+    let fleet = spread(&cluster, "bare-", 30, |_| {}).await;
     cluster.redis.crash().unwrap();
     for node in &cluster.nodes {
         until("the probe to say so", || async {
@@ -46,11 +48,7 @@ async fn without_redis_a_rollout_completes_slower_and_no_stream_is_dropped() {
     );
     let before = sessions(&fleet);
 
-    let image = cluster.site.image("1.1.0.img", 200_000, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    begin_release(&cluster, "1.1.0", 200_000);
     all_as_expected(&fleet, "1.1.0", 30).await;
     rollout_complete(&cluster).await;
     // One new session for the reboot of each device, and no other.
@@ -73,13 +71,9 @@ async fn a_redis_that_is_emptied_restarted_or_paused_in_mid_rollout_is_right_aga
     };
     let fleet = spread(&cluster, "void-", 60, |config| {
         config.bandwidth = Some(20_000..=200_000);
-    });
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", MIB, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    })
+    .await;
+    begin_release(&cluster, "1.1.0", MIB);
     fleet
         .wait_until(|seen| seen.counts.bytes > MIB as u64, LONG)
         .await
@@ -145,13 +139,9 @@ async fn a_restart_of_postgresql_in_mid_rollout_loses_nothing_and_no_device() {
     };
     let fleet = spread(&cluster, "pg-", 60, |config| {
         config.bandwidth = Some(200_000..=2_000_000);
-    });
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", MIB, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    })
+    .await;
+    begin_release(&cluster, "1.1.0", MIB);
     for crashed_at in [5, 30] {
         fleet
             .wait_until(
@@ -191,13 +181,9 @@ async fn a_node_that_slept_while_its_devices_moved_changes_nothing_when_it_wakes
     };
     let fleet = spread(&cluster, "nap-", 20, |config| {
         config.bandwidth = Some(100_000..=400_000);
-    });
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", MIB, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    })
+    .await;
+    begin_release(&cluster, "1.1.0", MIB);
     fleet
         .wait_until(|seen| seen.counts.bytes > MIB as u64, LONG)
         .await

@@ -14,8 +14,9 @@ use fwpush_tests::{
 };
 use tonic::Code;
 
-use super::{all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
-use crate::fleet::all_online;
+use super::{
+    all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
+};
 
 /// Has a node reach Redis through a relay, from its next start on.
 async fn behind_a_relay(cluster: &Cluster, node: usize) -> Proxy {
@@ -55,8 +56,7 @@ async fn a_node_that_alone_is_cut_off_from_redis_serves_its_devices_and_catches_
     cluster.nodes[1].stop();
     cluster.nodes[1].start();
     cluster.all_joined().await;
-    let fleet = spread(&cluster, "cut-", 30, |_| {});
-    all_online(&fleet).await;
+    let fleet = spread(&cluster, "cut-", 30, |_| {}).await;
     cluster.all_registered(30).await;
 
     // Nothing passes and nothing is closed, as behind a firewall that forgot.
@@ -70,11 +70,7 @@ async fn a_node_that_alone_is_cut_off_from_redis_serves_its_devices_and_catches_
         if gone { Ok(()) } else { Err(status) }
     })
     .await;
-    let image = cluster.site.image("1.1.0.img", 200_000, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    begin_release(&cluster, "1.1.0", 200_000);
     all_as_expected(&fleet, "1.1.0", 30).await;
     nothing_confirmed_is_missing(&cluster, &fleet);
     rollout_complete(&cluster).await;
@@ -182,15 +178,11 @@ async fn nodes_whose_clocks_are_five_minutes_apart_agree_on_everything() {
     cluster.all_joined().await;
     let fleet = spread(&cluster, "clock-", 45, |config| {
         config.bandwidth = Some(200_000..=2_000_000);
-    });
-    all_online(&fleet).await;
+    })
+    .await;
     cluster.all_registered(45).await;
     // Through the node that is behind; then the one that drives it dies.
-    let image = cluster.site.image("1.1.0.img", 1 << 20, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    begin_release(&cluster, "1.1.0", 1 << 20);
     fleet
         .wait_until(
             |seen| seen.running(&crate::fleet::version("1.1.0")) >= 10,

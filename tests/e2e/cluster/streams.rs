@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use fwpush_tests::{cluster::Cluster, wait::LONG};
 
-use super::{all_as_expected, nothing_confirmed_is_missing, rollout_complete, spread};
+use super::{
+    all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
+};
 use crate::fleet::{all_online, version};
 
 const MIB: usize = 1 << 20;
@@ -15,8 +17,7 @@ async fn a_release_sent_to_one_node_reaches_six_hundred_devices_on_three_and_few
     let Some(cluster) = Cluster::start(3).await else {
         return;
     };
-    let fleet = spread(&cluster, "all-", 600, |_| {});
-    all_online(&fleet).await;
+    let fleet = spread(&cluster, "all-", 600, |_| {}).await;
     cluster.all_registered(600).await;
     let status = cluster.nodes[2].status();
     for node in status["nodes"].as_array().unwrap() {
@@ -68,13 +69,9 @@ async fn the_devices_of_a_killed_node_go_on_elsewhere_and_nothing_confirmed_is_l
     let fleet = spread(&cluster, "kill-", 90, |config| {
         // Slow enough that the node dies with devices in every phase.
         config.bandwidth = Some(200_000..=2_000_000);
-    });
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", MIB, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    })
+    .await;
+    begin_release(&cluster, "1.1.0", MIB);
     // The node that was released through, which drives the rollout, and then another.
     for (killed_at, node) in [(10, 0), (40, 1)] {
         fleet
@@ -104,13 +101,9 @@ async fn a_rolling_restart_under_load_fails_no_update() {
     };
     let fleet = spread(&cluster, "roll-", 90, |config| {
         config.bandwidth = Some(100_000..=1_000_000);
-    });
-    all_online(&fleet).await;
-    let image = cluster.site.image("1.1.0.img", MIB, 1);
-    cluster
-        .site
-        .release_with(&image, "1.1.0", &["--detach"])
-        .ok();
+    })
+    .await;
+    begin_release(&cluster, "1.1.0", MIB);
     for node in 0..3 {
         cluster.nodes[node].stop();
         cluster.nodes[node].start();
