@@ -4,7 +4,7 @@ use std::{
     env,
     fs::{self, File},
     io,
-    net::TcpListener,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -17,18 +17,23 @@ use crate::{Error, process::run, user::User};
 /// The role that everything belongs to.
 const ROLE: &str = "fwpush";
 
+/// Its own, in the name of the socket too.
+const PORT: u16 = 5432;
+
 /// How it is to run. The default listens on a socket in its own directory and trusts whoever can open it.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// A directory where an empty cluster is kept and copied from: making one takes a second, copying it a tenth.
     pub template: Option<PathBuf>,
-    /// Also listens on 127.0.0.1, on a free port, for TLS connections with this password.
+    /// Also takes TLS connections over the network, with this password.
     pub remote: Option<Remote>,
 }
 
 /// What a connection over the network needs.
 #[derive(Clone, Debug)]
 pub struct Remote {
+    /// A loopback host, on which it listens on a free port; see [`own_host`](crate::own_host).
+    pub host: Ipv4Addr,
     pub certificate_pem: String,
     pub key_pem: String,
     pub password: String,
@@ -40,7 +45,8 @@ pub struct Postgres {
     programs: PathBuf,
     user: User,
     dir: TempDir,
-    port: u16,
+    /// Where it listens beside its socket.
+    address: Option<SocketAddr>,
     /// A shell that waits for the end of its input, which is the end of this process or of the handle.
     keeper: Child,
 }
@@ -62,13 +68,13 @@ impl Postgres {
                 own(&data)?;
             }
         }
-        let port = match &options.remote {
-            None => 5432,
+        let address = match &options.remote {
+            None => None,
             Some(remote) => {
-                let port = free_port().map_err(Error::io("127.0.0.1:0"))?;
+                let address = free_address(remote.host).map_err(Error::io("127.0.0.0/8"))?;
                 configure_remote(&data, remote).map_err(Error::io(&data))?;
                 own(&data)?;
-                port
+                Some(address)
             }
         };
         let keeper = keeper(&programs, user, dir.path())?;
@@ -76,7 +82,7 @@ impl Postgres {
             programs,
             user,
             dir,
-            port,
+            address,
             keeper,
         };
         postgres.resume()?;
@@ -89,15 +95,23 @@ impl Postgres {
 
     /// Where `database` is, over the socket.
     pub fn url(&self, database: &str) -> String {
-        format!(
-            "postgres://{ROLE}@/{database}?host={}",
-            self.dir.path().display()
-        )
+        let port = self.address.map(|address| format!(":{}", address.port()));
+        let (port, dir) = (port.unwrap_or_default(), self.dir.path().display());
+        format!("postgres://{ROLE}@{port}/{database}?host={dir}")
     }
 
     /// Where `database` is, over TLS, under a name of the certificate.
     pub fn remote_url(&self, host: &str, database: &str) -> String {
-        format!("postgres://{ROLE}@{host}:{}/{database}", self.port)
+        format!("postgres://{ROLE}@{host}:{}/{database}", self.port())
+    }
+
+    /// Where it listens on the network, if it does: for a proxy in front of it.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    fn port(&self) -> u16 {
+        self.address.map_or(PORT, |address| address.port())
     }
 
     pub fn create_database(&self, name: &str) -> Result<(), Error> {
@@ -110,7 +124,7 @@ impl Postgres {
         let mut command = self.program("psql");
         command
             .args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"])
-            .args(["-U", ROLE, "-p", &self.port.to_string(), "-d", database])
+            .args(["-U", ROLE, "-p", &self.port().to_string(), "-d", database])
             .arg("-h")
             .arg(self.dir.path())
             .args(["-c", sql]);
@@ -130,12 +144,9 @@ impl Postgres {
             "-k {} -p {} -c fsync=off -c full_page_writes=off -c shared_buffers=32MB -c max_connections=100 \
              -c listen_addresses={} -c logging_collector=off",
             self.dir.path().display(),
-            self.port,
-            if self.data().join("server.key").exists() {
-                "127.0.0.1"
-            } else {
-                "''"
-            },
+            self.port(),
+            self.address
+                .map_or("''".to_owned(), |address| address.ip().to_string()),
         );
         let log = self.dir.path().join("log");
         let mut start = self.pg_ctl(&["start", "-o", &options]);
@@ -276,12 +287,12 @@ fn configure_remote(data: &Path, remote: &Remote) -> io::Result<()> {
     fs::write(data.join("postgresql.conf"), config)?;
     fs::write(
         data.join("pg_hba.conf"),
-        "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n",
+        "local all all trust\nhostssl all all 127.0.0.0/8 scram-sha-256\n",
     )
 }
 
-fn free_port() -> io::Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+fn free_address(host: Ipv4Addr) -> io::Result<SocketAddr> {
+    TcpListener::bind((host, 0))?.local_addr()
 }
 
 fn keeper(programs: &Path, user: User, dir: &Path) -> Result<Child, Error> {

@@ -2,6 +2,7 @@
 
 mod bucket;
 mod crowd;
+mod database;
 mod operators;
 mod outages;
 mod partitions;
@@ -10,7 +11,10 @@ mod streams;
 use std::path::PathBuf;
 
 use device_sim::{Fleet, FleetConfig};
-use fwpush_tests::{cluster::Cluster, wait::until};
+use fwpush_tests::{
+    cluster::{Cluster, Node},
+    wait::until,
+};
 
 use crate::fleet::{all_online, fleet, reached};
 
@@ -42,7 +46,11 @@ fn begin_release(cluster: &Cluster, version: &str, bytes: usize) -> PathBuf {
 
 /// What any device was told is committed must be there, whichever node told it.
 fn nothing_confirmed_is_missing(cluster: &Cluster, fleet: &Fleet) {
-    let node = cluster.running();
+    nothing_confirmed_is_missing_at(cluster.running(), fleet);
+}
+
+/// The same, as `node` sees it.
+fn nothing_confirmed_is_missing_at(node: &Node, fleet: &Fleet) {
     // First what the devices heard, then what the database has: it only goes forward.
     for device in fleet.devices() {
         let Some(report) = device.last_confirmed else {

@@ -56,7 +56,16 @@ impl Cluster {
         options: &RedisOptions,
         change: impl Fn(&mut toml::Table),
     ) -> Option<Self> {
-        let (postgres, redis) = (postgres()?, redis_with(options)?);
+        Some(Self::start_on(postgres()?, redis_with(options)?, count, change).await)
+    }
+
+    /// As [`Self::start_with`], with these engines.
+    pub async fn start_on(
+        postgres: Postgres,
+        redis: Redis,
+        count: usize,
+        change: impl Fn(&mut toml::Table),
+    ) -> Self {
         let site = Site::new();
         let nodes = (1..=count)
             .map(|number| Node::make(&site, number))
@@ -90,7 +99,7 @@ impl Cluster {
             node.start();
         }
         cluster.all_joined().await;
-        Some(cluster)
+        cluster
     }
 
     /// Where devices connect, to each node.

@@ -1,6 +1,6 @@
 //! PostgreSQL's own: who is let in, nodes beside one another, and a server that goes away.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use fwpush_keys::{Ca, Identity, Role, new_key_and_csr, time::Timestamp};
 use fwpush_services::{Options as Wanted, Postgres, Remote};
@@ -40,6 +40,7 @@ fn remote() -> Option<(Arc<Postgres>, tempfile::TempDir)> {
         std::fs::write(dir.path().join(name), text).unwrap();
     }
     let remote = Remote {
+        host: Ipv4Addr::LOCALHOST,
         certificate_pem,
         key_pem: key_pem.to_string(),
         password: PASSWORD.to_owned(),
