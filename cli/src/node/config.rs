@@ -46,6 +46,7 @@ pub fn make(first: &Config, args: &NodeAdd) -> Result<Made> {
     let mut document = text
         .parse::<DocumentMut>()
         .doing(|| format!("read {}", first.path.display()))?;
+    refuse_own_images(&document, first)?;
     document["node_id"] = value(args.id.as_str());
     let listen = section(&mut document, "listen")?;
     let own = |first: SocketAddr, port: Option<u16>, otherwise: Ipv4Addr| {
@@ -97,6 +98,26 @@ pub fn make(first: &Config, args: &NodeAdd) -> Result<Made> {
         copied,
         elsewhere,
     })
+}
+
+/// Images of all nodes cannot lie in a directory that is named by where each node's own configuration is.
+fn refuse_own_images(document: &DocumentMut, first: &Config) -> Result<()> {
+    let files = document.get("files").and_then(Item::as_table_like);
+    let of = |key| files.and_then(|files| files.get(key));
+    let shared = of("shared").and_then(Item::as_bool) == Some(true);
+    // Left out, it is such a path too.
+    let own = of("url").and_then(Item::as_str).is_none_or(|url| {
+        url.strip_prefix("file:")
+            .is_some_and(|path| Path::new(path).is_relative())
+    });
+    if !(shared && own) {
+        return Ok(());
+    }
+    Err(Failure::usage(format!(
+        "[files] url of {} is a path within that node's directory, which no other node has",
+        first.path.display()
+    ))
+    .next("Write it there as file:/PATH, where every node has the directory that they share."))
 }
 
 fn section<'a>(document: &'a mut DocumentMut, name: &str) -> Result<&'a mut Table> {

@@ -261,6 +261,12 @@ fn what_would_make_no_node_of_this_cluster_is_refused_and_leaves_nothing() {
     };
     let words = refused(&First::embedded(), &[]);
     assert!(words.contains("one PostgreSQL database"), "{words}");
+    for url in ["url = \"file:data/files\"", ""] {
+        let first = First::new();
+        first.edit(|text| text.replace("url = \"file:/srv/images\"", url));
+        let words = refused(&first, &[]);
+        assert!(words.contains("[files] url"), "{words}");
+    }
 
     let (first, other) = (First::new(), First::new());
     let offline = other.dir().join("offline");
