@@ -239,8 +239,9 @@ impl Stream<'_> {
             tokio::select! {
                 message = inbound.message() => {
                     let message = message.map_err(refusal_of)?.ok_or(End::Left)?;
-                    self.heard = Instant::now();
                     self.handle(message).await?;
+                    // Only now: what a slow database takes for an event is not the device's silence.
+                    self.heard = Instant::now();
                 }
                 Some(message) = self.session.control.recv() => self.send_message(message).await?,
                 Ok(()) = self.session.desired.changed() => {
