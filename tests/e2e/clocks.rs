@@ -16,15 +16,15 @@ const GROUPS: u64 = 32;
 
 /// The clock of one device: of the day and not the monotonic one, as when a board sets its clock.
 struct Clock {
-    library: PathBuf,
+    preload: PathBuf,
     file: PathBuf,
 }
 
 impl Clock {
     /// `offset` from the present, such as `-56y`.
-    fn new(library: &Path, folder: &Path, offset: &str) -> Self {
+    fn new(preload: &Path, folder: &Path, offset: &str) -> Self {
         let clock = Self {
-            library: library.to_owned(),
+            preload: preload.to_owned(),
             file: folder.join("clock"),
         };
         clock.set(offset);
@@ -42,7 +42,7 @@ impl Clock {
     fn start(&self, device: &mut Device) {
         let yes = Path::new("1");
         let env: [(&str, &Path); 4] = [
-            ("LD_PRELOAD", &self.library),
+            ("LD_PRELOAD", &self.preload),
             ("FAKETIME_TIMESTAMP_FILE", &self.file),
             ("FAKETIME_NO_CACHE", yes),
             ("FAKETIME_DONT_FAKE_MONOTONIC", yes),

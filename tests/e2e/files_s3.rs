@@ -3,11 +3,11 @@
 use std::{fs, path::Path};
 
 use fwpush_proto::v1::{FileChunk, FileRequest};
-use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, S3, S3Options, SECRET_KEY};
+use fwpush_services::s3::{BUCKET, S3, S3Options, SECRET_KEY};
 use fwpush_tests::{
     client::download,
     process::Process,
-    site::{PRODUCT, Published, Site},
+    site::{PRODUCT, Published, Site, in_bucket},
     wait::{LONG, until},
 };
 use tonic::{Code, Status};
@@ -22,16 +22,7 @@ fn site() -> (S3, Site) {
     let site = Site::new();
     fs::write(site.dir().join("server/s3.secret"), SECRET_KEY).unwrap();
     site.edit_config(|config| {
-        let text = |text: &str| toml::Value::from(text);
-        let files = [
-            ("url", text(&format!("s3://{BUCKET}"))),
-            ("endpoint", text(&s3.endpoint())),
-            ("allow_http", true.into()),
-            ("access_key_id", text(ACCESS_KEY_ID)),
-            ("secret_key_file", text("s3.secret")),
-        ];
-        let files = files.map(|(key, value)| (key.to_owned(), value));
-        config.insert("files".into(), toml::Table::from_iter(files).into());
+        config.insert("files".into(), in_bucket(&s3, "s3.secret"));
     });
     (s3, site)
 }

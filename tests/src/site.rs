@@ -13,6 +13,7 @@ use fwpush_keys::{
     tls::{Credentials, certificates_from_pem},
 };
 use fwpush_proto::v1::admin_service_client::AdminServiceClient;
+use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, S3};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tonic::transport::Channel;
@@ -427,4 +428,18 @@ pub fn credentials(certificate: &str, key: &str) -> Credentials {
 /// The certificates in a PEM text.
 pub fn authorities(pem: &str) -> Vec<rustls::pki_types::CertificateDer<'static>> {
     certificates_from_pem(pem).unwrap()
+}
+
+/// `[files]` for the images in this bucket; the secret key is in the file `secret`.
+pub fn in_bucket(s3: &S3, secret: &str) -> toml::Value {
+    let text = |text: &str| toml::Value::from(text);
+    let files = [
+        ("url", text(&format!("s3://{BUCKET}"))),
+        ("endpoint", text(&s3.endpoint())),
+        ("allow_http", true.into()),
+        ("access_key_id", text(ACCESS_KEY_ID)),
+        ("secret_key_file", text(secret)),
+    ];
+    let files = files.map(|(key, value)| (key.to_owned(), value));
+    toml::Table::from_iter(files).into()
 }

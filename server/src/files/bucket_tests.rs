@@ -20,7 +20,7 @@ use fwpush_services::s3::{ACCESS_KEY_ID, BUCKET, Fault, S3, S3Options, SECRET_KE
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 
-use super::{FileStore, Files, FilesPlace, StoreError, StoredFile};
+use super::{FileStore, Files, FilesPlace, StoreError, StoredFile, Upload};
 
 mod faults;
 mod foreign;
@@ -436,12 +436,8 @@ async fn a_cache_outlives_its_server_but_for_what_is_damaged() {
     assert_eq!(fetches(&s3, &images[0].1), 1);
 }
 
-#[tokio::test]
-async fn an_upload_that_is_cut_off_on_its_way_to_the_bucket_leaves_nothing_to_serve_and_is_made_good()
- {
-    let s3 = S3::start(&S3Options::default()).unwrap();
-    let node = Node::new(&s3);
-    let store = node.open().await;
+/// An image that was brought whole, and that will be in the middle of its way to the bucket for as long as the test likes.
+fn held_at_its_second_part(s3: &S3, store: &FileStore) -> (Vec<u8>, FileId, Upload) {
     let (bytes, id) = image(1, 20 * MIB);
     let mut upload = store
         .uploads()
@@ -449,17 +445,31 @@ async fn an_upload_that_is_cut_off_on_its_way_to_the_bucket_leaves_nothing_to_se
         .unwrap();
     upload.append(&bytes).unwrap();
     s3.hold("partNumber=2");
+    (bytes, id, upload)
+}
+
+/// Waits until the bucket was asked for something with these words.
+async fn saw(s3: S3, words: &'static str) -> S3 {
+    let waited = tokio::task::spawn_blocking(move || {
+        assert!(s3.saw(words, LONG));
+        s3
+    });
+    waited.await.unwrap()
+}
+
+#[tokio::test]
+async fn an_upload_that_is_cut_off_on_its_way_to_the_bucket_leaves_nothing_to_serve_and_is_made_good()
+ {
+    let s3 = S3::start(&S3Options::default()).unwrap();
+    let node = Node::new(&s3);
+    let store = node.open().await;
+    let (bytes, id, upload) = held_at_its_second_part(&s3, &store);
     let stop = CancellationToken::new();
     let finishing = {
         let (store, stop) = (store.clone(), stop.clone());
         tokio::spawn(async move { store.finish(upload, &stop).await.map(drop) })
     };
-    let s3 = tokio::task::spawn_blocking(move || {
-        assert!(s3.saw("partNumber=2", LONG));
-        s3
-    })
-    .await
-    .unwrap();
+    let s3 = saw(s3, "partNumber=2").await;
     stop.cancel();
     let stopped = finishing.await.unwrap();
     assert!(matches!(stopped, Err(StoreError::Stopping)), "{stopped:?}");

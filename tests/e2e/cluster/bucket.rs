@@ -2,9 +2,9 @@
 
 use fwpush_services::{
     RedisOptions,
-    s3::{ACCESS_KEY_ID, BUCKET, S3, S3Options, SECRET_KEY},
+    s3::{BUCKET, S3, S3Options, SECRET_KEY},
 };
-use fwpush_tests::{cluster::Cluster, wait::until};
+use fwpush_tests::{cluster::Cluster, site::in_bucket, wait::until};
 
 use super::{
     all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
@@ -18,16 +18,7 @@ async fn an_image_uploaded_at_one_node_is_fetched_once_by_each_and_outlives_the_
     std::fs::write(&secret, SECRET_KEY).unwrap();
     let options = RedisOptions::default();
     let started = Cluster::start_with(3, &options, |config| {
-        let text = |text: &str| toml::Value::from(text);
-        let files = [
-            ("url", text(&format!("s3://{BUCKET}"))),
-            ("endpoint", text(&s3.endpoint())),
-            ("allow_http", true.into()),
-            ("access_key_id", text(ACCESS_KEY_ID)),
-            ("secret_key_file", text(secret.to_str().unwrap())),
-        ];
-        let files = files.map(|(key, value)| (key.to_owned(), value));
-        config.insert("files".into(), toml::Table::from_iter(files).into());
+        config.insert("files".into(), in_bucket(&s3, secret.to_str().unwrap()));
     });
     let Some(cluster) = started.await else { return };
     let fleet = spread(&cluster, "s3-", 60, |_| {}).await;

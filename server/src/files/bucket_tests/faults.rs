@@ -5,14 +5,6 @@ use super::*;
 /// Longer than a request is repeated.
 const ALWAYS: usize = 1_000;
 
-async fn saw(s3: S3, words: &'static str) -> S3 {
-    let waited = tokio::task::spawn_blocking(move || {
-        assert!(s3.saw(words, LONG));
-        s3
-    });
-    waited.await.unwrap()
-}
-
 #[tokio::test]
 async fn what_is_wrong_with_the_bucket_is_told_apart() {
     let s3 = S3::start(&S3Options::default()).unwrap();
@@ -209,13 +201,7 @@ async fn whoever_hangs_up_on_the_way_to_the_bucket_leaves_no_parts_there() {
     let s3 = S3::start(&S3Options::default()).unwrap();
     let node = Node::new(&s3);
     let store = node.open().await;
-    let (bytes, id) = image(1, 20 * MIB);
-    let mut upload = store
-        .uploads()
-        .upload(id, bytes.len() as u64, 0, "op")
-        .unwrap();
-    upload.append(&bytes).unwrap();
-    s3.hold("partNumber=2");
+    let (bytes, id, upload) = held_at_its_second_part(&s3, &store);
     let finishing = {
         let store = store.clone();
         tokio::spawn(async move {
