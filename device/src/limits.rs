@@ -162,7 +162,7 @@ pub const CHUNK_BYTES: u32 = 256 * 1024;
 pub const CHUNK_BYTES_RANGE: std::ops::RangeInclusive<u32> = 16 * 1024..=1024 * 1024;
 /// FileChunk, decoded: content and its few fields.
 pub const CHUNK_MESSAGE_BYTES: usize = 1024 * 1024 + 4 * 1024;
-/// Parts of a message that came in smaller frames are copied together: a message then is at most 130 slices. No smaller than
+/// Parts of a message that came in smaller frames are copied together: a message then is at most 131 slices. No smaller than
 /// the 16 KiB that HTTP/2 peers start with, which are worth a slice.
 pub const SLICE_BYTES: usize = 16 * 1024;
 
