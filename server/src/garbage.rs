@@ -562,11 +562,18 @@ mod tests {
         let world = World::new().await;
         let db = &world.bench.db;
         let file = world.upload(b"a").await;
-        db.note_damaged(&file).await.unwrap();
-        db.note_damaged(&file).await.unwrap();
+        db.note_damaged(&file, db.now()).await.unwrap();
+        db.note_damaged(&file, db.now()).await.unwrap();
         assert!(!db.want_file(&file).await.unwrap().unwrap().is_kept());
+        let before = db.now();
+        db.advance_clock(Duration::from_secs(1));
         world.upload(b"a").await;
         assert!(db.want_file(&file).await.unwrap().unwrap().is_kept());
+        // By a fetch that was on its way all the time.
+        db.note_damaged(&file, before).await.unwrap();
+        assert!(db.want_file(&file).await.unwrap().unwrap().is_kept());
+        db.note_damaged(&file, db.now()).await.unwrap();
+        assert!(!db.want_file(&file).await.unwrap().unwrap().is_kept());
     }
 
     #[tokio::test]
@@ -579,7 +586,7 @@ mod tests {
         std::fs::write(&path, b"b").unwrap();
         let since = db.now();
         db.advance_clock(Duration::from_secs(1));
-        db.note_damaged(&file).await.unwrap();
+        db.note_damaged(&file, db.now()).await.unwrap();
         world.garbage.go_on("n1").await.unwrap();
         assert!(!kept().await, "it still is");
         db.note_whole(&file, since).await.unwrap();

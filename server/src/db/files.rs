@@ -112,7 +112,9 @@ impl Db {
     /// Notes that the store holds the file, whole, and that somebody wants it: it is not marked any more.
     pub async fn add_file(&self, file_id: &FileId, size: u64) -> Result<Entered, DbError> {
         const INSERT: &str = "INSERT INTO files (file_id, size, created_at_ms) VALUES ($1, $2, $3) \
-            ON CONFLICT (file_id) DO UPDATE SET size = excluded.size, unused_at_ms = NULL, gone_at_ms = NULL, damaged_at_ms = NULL \
+            ON CONFLICT (file_id) DO UPDATE SET size = excluded.size, unused_at_ms = NULL, gone_at_ms = NULL, damaged_at_ms = NULL, \
+                created_at_ms = CASE WHEN files.damaged_at_ms IS NULL AND files.gone_at_ms IS NULL THEN files.created_at_ms \
+                    ELSE excluded.created_at_ms END \
             WHERE files.doomed_at_ms IS NULL";
         let mut tx = self.begin().await?;
         let now = tx.now();
@@ -152,19 +154,20 @@ impl Db {
         self.file(file_id).await
     }
 
-    /// Notes that the store has other bytes under this name: an upload takes their place. Noted already: changes nothing.
-    pub async fn note_damaged(&self, file_id: &FileId) -> Result<(), DbError> {
-        const NOTE: &str =
-            "UPDATE files SET damaged_at_ms = $2 WHERE file_id = $1 AND damaged_at_ms IS NULL";
+    /// Notes that the store has other bytes under this name, by a look that began at `since`: an upload takes their place. Noted
+    /// already, or stored anew after that: changes nothing.
+    pub async fn note_damaged(&self, file_id: &FileId, since: Timestamp) -> Result<(), DbError> {
+        const NOTE: &str = "UPDATE files SET damaged_at_ms = $2 \
+            WHERE file_id = $1 AND damaged_at_ms IS NULL AND created_at_ms <= $3";
         if self
             .file(file_id)
             .await?
-            .is_none_or(|row| row.damaged_at.is_some())
+            .is_none_or(|row| row.damaged_at.is_some() || row.created_at > since)
         {
             return Ok(());
         }
         let mut tx = self.begin().await?;
-        let values = params![file_id.to_string(), tx.now()];
+        let values = params![file_id.to_string(), tx.now(), since];
         tx.execute("note a damaged file", NOTE, values).await?;
         tx.commit().await
     }

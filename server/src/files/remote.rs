@@ -205,8 +205,10 @@ impl Remote {
     pub(super) fn keep_found(&self, id: FileId, found: Found) {
         let mut all = self.found();
         if all.len() >= limits::FETCH_MEMORY {
-            // Nobody asks for these; the next fetch of each finds it out again.
-            all.clear();
+            // Nobody asks for it. Rather one that the next fetch finds out again: what is whole is not fetched again.
+            let damaged = all.iter().find(|(_, found)| !found.whole);
+            let goes = damaged.or_else(|| all.iter().next()).map(|(id, _)| *id);
+            goes.and_then(|id| all.remove(&id));
         }
         all.entry(id).or_insert(found);
     }
@@ -309,6 +311,8 @@ impl Remote {
         let Ok(_place) = self.inner.fetches.acquire().await else {
             return Brought::NotNow;
         };
+        // What an older one found counts no more.
+        self.found().remove(&id);
         let mut began = Instant::now();
         let mut fetched = self.fetch(id, size).await;
         if let Err(StoreError::Damaged(_)) = fetched {
@@ -327,16 +331,11 @@ impl Remote {
             outcome
         });
         if let Brought::Here | Brought::Damaged = outcome {
-            let whole = outcome == Brought::Here;
-            // An older find counts no more.
-            self.found().remove(&id);
-            self.keep_found(
-                id,
-                Found {
-                    whole,
-                    since: began,
-                },
-            );
+            let found = Found {
+                whole: outcome == Brought::Here,
+                since: began,
+            };
+            self.found().insert(id, found);
         }
         metrics::counter!(m::FILES_FETCHED, "outcome" => outcome.word()).increment(1);
         match outcome {
