@@ -220,7 +220,13 @@ async fn connection(
                 .parse()
                 .map_err(fwpush_keys::IdentityError::from)?;
             let entered = listener.access.enter(&device, &peer, hang_up.clone());
-            if let Err(refused) = listener.access.check_device(&device, &peer).await {
+            let checked = tokio::select! {
+                checked = listener.access.check_device(&device, &peer) => checked,
+                // However slow the database is.
+                () = hang_up.cancelled() => return Ok(()),
+                () = stop.kill.cancelled() => return Err(Refused::Stopping),
+            };
+            if let Err(refused) = checked {
                 arrival.over();
                 tell(io, &refused).await;
                 return Err(refused.into());
