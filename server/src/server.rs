@@ -1,6 +1,7 @@
 //! Starting and stopping the whole server; each is one sequence that can be read here.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io,
     net::SocketAddr,
@@ -24,7 +25,7 @@ use fwpush_proto::v1::{
 };
 use tokio::{
     sync::{Semaphore, mpsc},
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -113,6 +114,8 @@ pub struct Running {
     stop: Stop,
     /// Ends the engine: after the last stream, so that what was reported is committed.
     engine_stop: CancellationToken,
+    /// Tells the database who lives; ends after the last word.
+    seen: JoinHandle<()>,
     listeners: JoinSet<()>,
     /// Held while the server runs.
     _lock: File,
@@ -284,7 +287,7 @@ impl Server {
                 stop.kill.clone(),
             ));
         }
-        tokio::spawn(flush_last_seen(
+        let seen = tokio::spawn(flush_last_seen(
             db.clone(),
             sessions.clone(),
             engine_stop.clone(),
@@ -329,6 +332,7 @@ impl Server {
             driver,
             stop,
             engine_stop,
+            seen,
             listeners,
             _lock: lock,
         })
@@ -401,6 +405,7 @@ impl Running {
         self.ingest.stopped().await;
         self.driver.stopped().await;
         self.route.stopped().await;
+        let _ = timeout(limits::DB_ACQUIRE, self.seen).await;
         self.db.close().await;
         tracing::info!("The server has stopped.");
     }
@@ -539,18 +544,25 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
 /// Tells the database now and then which devices live; a heartbeat is never a write.
 async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
     let mut round = tokio::time::interval(SEEN_ROUND);
-    loop {
+    // Of those that could not be written yet, the last.
+    let mut due = HashMap::new();
+    let mut stopping = false;
+    while !stopping {
         tokio::select! {
-            () = stop.cancelled() => return,
+            () = stop.cancelled() => stopping = true,
             _ = round.tick() => {}
         }
-        let seen = sessions.take_unflushed(db.now(), limits::LAST_SEEN);
-        for batch in seen.chunks(limits::SEEN_BATCH) {
+        due.extend(sessions.take_unflushed(db.now(), limits::LAST_SEEN));
+        let seen: Vec<_> = due.drain().collect();
+        let mut batches = seen.chunks(limits::SEEN_BATCH);
+        while let Some(batch) = batches.next() {
             if let Err(error) = db.flush_last_seen(batch).await {
                 tracing::warn!(
                     error = &error as &dyn std::error::Error,
-                    "Last-seen times were not written."
+                    "Last-seen times were not written, and will be later."
                 );
+                let rest = batch.iter().chain(batches.by_ref().flatten());
+                due.extend(rest.cloned());
             }
         }
     }

@@ -116,6 +116,8 @@ struct State {
     live: HashMap<DeviceId, Entry>,
     /// The last session of devices that left, so that their return is a resumption.
     left: HashMap<DeviceId, Left>,
+    /// Devices that left since the database was last told who lives, and when.
+    gone: HashMap<DeviceId, Instant>,
     /// Who hears of a device, and who hears of every device of a product.
     hears_device: HashMap<DeviceId, HashSet<DeviceId>>,
     hears_product: HashMap<Product, HashSet<DeviceId>>,
@@ -148,8 +150,6 @@ struct Entry {
 struct Left {
     session_id: String,
     seen_flushed: Option<Timestamp>,
-    /// When it ended, until that was handed to the database.
-    unflushed: Option<Instant>,
 }
 
 impl Sessions {
@@ -282,6 +282,7 @@ impl Sessions {
             closing_tx.send_replace(Some(Closing::Draining));
         }
         let left = state.left.remove(device);
+        state.gone.remove(device);
         let flushed = state.live.get(device).and_then(|old| old.seen_flushed);
         let entry = Entry {
             session_id: session.id.clone(),
@@ -291,7 +292,7 @@ impl Sessions {
             desired: desired_tx,
             control: control_tx,
             closing: closing_tx,
-            // A device that comes and goes is written no more often than one that stays.
+            // A device that is back at once is written no more often than one that stays.
             seen_flushed: flushed.or(left.as_ref().and_then(|left| left.seen_flushed)),
             touched: registered.then(Instant::now),
             pings: HashMap::new(),
@@ -528,12 +529,12 @@ impl Sessions {
             entry.seen_flushed = Some(now);
             seen.push((device.clone(), now));
         }
-        for (device, left) in &mut state.left {
-            if let Some(since) = left.unflushed.take() {
-                let at = now.saturating_sub(since.elapsed());
+        for (device, since) in std::mem::take(&mut state.gone) {
+            let at = now.saturating_sub(since.elapsed());
+            if let Some(left) = state.left.get_mut(&device) {
                 left.seen_flushed = Some(at);
-                seen.push((device.clone(), at));
             }
+            seen.push((device, at));
         }
         seen
     }
@@ -567,8 +568,8 @@ impl Sessions {
             let left = Left {
                 session_id: entry.session_id,
                 seen_flushed: entry.seen_flushed,
-                unflushed: Some(Instant::now()),
             };
+            state.gone.insert(device.clone(), Instant::now());
             state.left.insert(device.clone(), left);
         }
         metrics::gauge!(crate::metrics::DEVICES_ONLINE).set(state.live.len() as f64);

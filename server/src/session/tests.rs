@@ -64,7 +64,7 @@ fn a_reader_that_never_reads_is_busy_and_its_queue_stays_bounded() {
 }
 
 #[test]
-fn a_device_that_comes_and_goes_is_written_no_more_often_than_one_that_stays() {
+fn a_device_that_is_back_at_once_is_written_no_more_often_than_one_that_stays() {
     let sessions = sessions();
     let seen = |now| sessions.take_unflushed(Timestamp::from_ms(now), limits::LAST_SEEN);
     let every = limits::LAST_SEEN.as_millis() as i64;
