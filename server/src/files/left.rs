@@ -49,22 +49,33 @@ pub(super) fn age(changed: SystemTime, now: SystemTime) -> Duration {
 }
 
 /// Forgets what is in `all` of nodes that are gone, and what was left there before the directory was shared. `own`: that of the
-/// node that asks, left alone.
+/// node that asks, left alone. What cannot be looked at does not keep the rest; the last such error is given.
 pub(super) fn forget(all: &Path, own: &Path, now: SystemTime) -> io::Result<()> {
+    let mut failed = Ok(());
     for entry in fs::read_dir(all)? {
         let entry = entry?;
         if entry.path() == own {
             continue;
         }
-        let (kind, name) = (entry.file_type()?, entry.file_name());
-        if kind.is_file() {
-            forget_one(&entry, now, || Ok(true))?;
-        } else if kind.is_dir()
-            && let Some(node) = name.to_str().and_then(|name| name.parse::<NodeId>().ok())
-            && is_gone(&entry.path(), now)?
-        {
-            forget_of(&entry.path(), &node, now)?;
+        match forget_within(&entry, now) {
+            // Another node was faster.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => failed = Err(error),
+            Ok(()) => {}
         }
+    }
+    failed
+}
+
+fn forget_within(entry: &DirEntry, now: SystemTime) -> io::Result<()> {
+    let (kind, name) = (entry.file_type()?, entry.file_name());
+    if kind.is_file() {
+        forget_one(entry, now, || Ok(true))?;
+    } else if kind.is_dir()
+        && let Some(node) = name.to_str().and_then(|name| name.parse::<NodeId>().ok())
+        && is_gone(&entry.path(), now)?
+    {
+        forget_of(&entry.path(), &node, now)?;
     }
     Ok(())
 }

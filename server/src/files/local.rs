@@ -142,6 +142,9 @@ impl LocalStore {
 
     fn open_with(root: &Path, uploads: PathBuf, shared: bool) -> Result<Self, StoreError> {
         make_dir(&uploads).map_err(StoreError::Open)?;
+        if shared {
+            left::beat(&uploads).map_err(StoreError::Open)?;
+        }
         let inner = Inner {
             root: root.to_owned(),
             uploads,
@@ -152,7 +155,13 @@ impl LocalStore {
         let store = Self {
             inner: Arc::new(inner),
         };
-        store.forget_old_uploads().map_err(StoreError::Open)?;
+        if let Err(error) = store.forget_old_uploads() {
+            // Another node's may be in the way; the next round looks again.
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "Unfinished uploads of long ago could not be cleared away."
+            );
+        }
         Ok(store)
     }
 
