@@ -113,6 +113,10 @@ impl Why {
                     status: StatusCode::NOT_FOUND,
                     ..
                 }) => return Self::Missing,
+                // A line too slow for it, under the code of a wrong request.
+                Some(said) if said.words.contains("<Code>RequestTimeout</Code>") => {
+                    return Self::Silence;
+                }
                 Some(_) => return Self::Refusal,
                 None => silence |= cause.is::<HttpError>(),
             }
