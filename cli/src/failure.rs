@@ -2,6 +2,8 @@
 
 use std::{fmt, io, process::ExitCode};
 
+use fwpush_keys::error_text;
+
 use crate::output::escape_lines;
 
 /// Why a command ended without success. Printed on stderr by [`Failure::report`].
@@ -119,28 +121,8 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&chain(&self.cause))
+        f.write_str(&error_text(self.cause.as_ref()))
     }
-}
-
-/// An error and its causes, without what the words before have said already: errors of libraries repeat their causes, and an
-/// operation may be named at two levels.
-fn chain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    let mut last = String::new();
-    for cause in error.chain() {
-        let words = cause.to_string().trim_end_matches('\n').to_owned();
-        if text.is_empty() {
-            text.clone_from(&words);
-        } else if let Some(more) = words.strip_prefix(&last) {
-            text.push_str(more);
-        } else if !text.contains(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        last = words;
-    }
-    text
 }
 
 /// Turns any error into a [`Failure`] by naming the operation it ended.

@@ -25,19 +25,31 @@ pub fn explain(error: &(dyn Error + 'static)) -> String {
     io_reason.map_or_else(|| error_text(error), str::to_owned)
 }
 
-/// The texts of an error and its sources, outermost first, joined by `: `. A text that the one before it already ends with
-/// is left out.
+/// The texts of an error and its sources, outermost first, joined by `: `. What a text ends with already is left out, and so is what
+/// one begins with that ended the text before it.
 pub fn error_text(error: &(dyn Error + 'static)) -> String {
     let mut text = String::new();
+    let mut last = String::new();
     for layer in layers(error) {
-        let layer = layer.to_string();
-        if text.ends_with(&layer) {
+        let layer = layer.to_string().trim_end_matches('\n').to_owned();
+        if layer.is_empty() {
             continue;
         }
-        if !text.is_empty() {
-            text.push_str(": ");
+        let before = text.strip_suffix(&layer);
+        if before.is_some_and(|before| before.is_empty() || before.ends_with(": ")) {
+            continue;
         }
-        text.push_str(&layer);
+        let more = layer.strip_prefix(&last);
+        match more.filter(|more| !last.is_empty() && more.starts_with(':')) {
+            Some(more) => text.push_str(more),
+            None => {
+                if !text.is_empty() {
+                    text.push_str(": ");
+                }
+                text.push_str(&layer);
+            }
+        }
+        last = layer;
     }
     text
 }
@@ -153,6 +165,10 @@ mod tests {
     #[error("transport error")]
     struct Transport(#[source] Box<dyn Error + Send + Sync>);
 
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Layer(&'static str, #[source] Option<Box<Layer>>);
+
     fn wrapped(error: rustls::Error) -> Transport {
         // As a client sees it: transport, hyper, io, rustls.
         let io = io::Error::new(io::ErrorKind::InvalidData, error);
@@ -194,5 +210,13 @@ mod tests {
         // A layer that only repeats the one above says nothing.
         let twice = Transport(Box::new(plain));
         assert_eq!(error_text(&twice), "transport error: deep down");
+        let text = |outer: &'static str, inner: &'static str| {
+            error_text(&Layer(outer, Some(Box::new(Layer(inner, None)))))
+        };
+        assert_eq!(text("open it", "open it: gone"), "open it: gone");
+        assert_eq!(text("read a: line 1\n", "line 1\n"), "read a: line 1");
+        // What only looks like a repetition is told.
+        assert_eq!(text("open db-denied", "denied"), "open db-denied: denied");
+        assert_eq!(text("line 1", "line 12"), "line 1: line 12");
     }
 }
