@@ -36,10 +36,8 @@ impl Output {
 
     /// Says something to the person: on stderr, so that stdout stays data.
     pub fn say(&self, words: &str) {
-        progress::above_bars(|| {
-            // Nowhere to tell that telling failed.
-            let _ = writeln!(io::stderr(), "{}", escape_lines(words));
-        });
+        // Nowhere to tell that telling failed.
+        let _ = progress::write_line(&escape_lines(words));
     }
 }
 

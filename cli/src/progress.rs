@@ -1,6 +1,7 @@
 //! What a person sees while something takes time, on stderr: bars on a terminal, now and then a line elsewhere.
 
 use std::{
+    io::{self, Write as _},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -20,12 +21,12 @@ fn shown() -> std::sync::MutexGuard<'static, Option<MultiProgress>> {
     SHOWN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes to the terminal where the bars, if there are any, do not overwrite it.
-pub fn above_bars<R>(write: impl FnOnce() -> R) -> R {
+/// Writes to stderr where the bars, if there are any, do not overwrite it.
+pub fn write_line(words: &str) -> io::Result<()> {
     let bars = shown().clone();
     match bars {
-        Some(bars) => bars.suspend(write),
-        None => write(),
+        Some(bars) => bars.println(words),
+        None => writeln!(io::stderr(), "{words}"),
     }
 }
 
