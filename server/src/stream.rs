@@ -237,11 +237,12 @@ impl Stream<'_> {
             * limits::MISSED_HEARTBEATS;
         loop {
             tokio::select! {
+                // What came while the device or the database was slow is heard before its silence is judged. How much may come is bounded.
+                biased;
                 message = inbound.message() => {
                     let message = message.map_err(refusal_of)?.ok_or(End::Left)?;
-                    self.handle(message).await?;
-                    // Only now: what a slow database takes for an event is not the device's silence.
                     self.heard = Instant::now();
+                    self.handle(message).await?;
                 }
                 Some(message) = self.session.control.recv() => self.send_message(message).await?,
                 Ok(()) = self.session.desired.changed() => {
