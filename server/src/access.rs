@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     budget::{Ask, Budgets},
-    db::{Db, DbError},
+    db::{Db, DbError, DeviceRecord},
     limits,
 };
 
@@ -131,8 +131,12 @@ impl Access {
         }
     }
 
-    /// A device must have a record, not be blocked, and hold the newest certificate given to it.
-    pub async fn check_device(&self, device: &DeviceId, peer: &Peer) -> Result<(), Refused> {
+    /// A device must have a record, not be blocked, and hold the newest certificate given to it. Gives the record.
+    pub async fn check_device(
+        &self,
+        device: &DeviceId,
+        peer: &Peer,
+    ) -> Result<DeviceRecord, Refused> {
         if self.is_blocked(device) {
             return Err(Refused::Blocked(device.clone()));
         }
@@ -145,11 +149,12 @@ impl Access {
         // A record without a certificate admits none: one given out under this id before was for another record.
         if record
             .cert_fingerprint
-            .is_none_or(|newest| newest != fingerprint)
+            .as_ref()
+            .is_none_or(|newest| *newest != fingerprint)
         {
             return Err(Refused::OldCertificate(device.clone()));
         }
-        Ok(())
+        Ok(record)
     }
 
     /// Refuses the device from now on. The database was told before; what is live is ended by [`Self::hang_up`].

@@ -23,7 +23,7 @@ use crate::{
     desired::{self, Desired, DesiredAction},
     ingest::{DeviceReport, Ingest, ReportError},
     limits,
-    listen::Arrival,
+    listen::Caller,
     metrics as m,
     mirrors::Mirrors,
     route::Route,
@@ -66,15 +66,15 @@ impl From<Status> for End {
 pub async fn run(
     context: Context,
     device: DeviceId,
+    caller: Caller,
     mut inbound: Streaming<ClientMessage>,
     out: Out,
-    arrival: Arrival,
 ) {
-    let end = match serve(&context, &device, &mut inbound, &out, &arrival).await {
+    let end = match serve(&context, &device, &caller, &mut inbound, &out).await {
         Err(end) => end,
         Ok(never) => match never {},
     };
-    arrival.over();
+    caller.arrival.over();
     let reason = match &end {
         End::Left => "left",
         End::Stalled => "stalled",
@@ -95,14 +95,13 @@ pub async fn run(
 async fn serve(
     context: &Context,
     device: &DeviceId,
+    caller: &Caller,
     inbound: &mut Streaming<ClientMessage>,
     out: &Out,
-    arrival: &Arrival,
 ) -> Result<std::convert::Infallible, End> {
     let hello = wire::hello(first_message(inbound).await?, device)?;
-    let record = context.db.device(device).await.map_err(wire::db)?;
-    let record =
-        record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+    let record = context.access.check_device(device, &caller.peer).await;
+    let record = record.map_err(wire::access)?;
     let claim = context.route.claim(
         device,
         &record.product,
@@ -142,7 +141,7 @@ async fn serve(
         heard: Instant::now(),
     };
     stream.welcome(&hello.facts, desired).await?;
-    arrival.over();
+    caller.arrival.over();
     stream.exchange(inbound).await
 }
 

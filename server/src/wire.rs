@@ -8,6 +8,7 @@ use fwpush_proto::v1::{self, RevocationVersion, client_message::Kind as FromDevi
 use tonic::Status;
 
 use crate::{
+    access,
     db::{DbError, RunningImage},
     desired::{Facts, facts},
     ingest::{Decision, ReportError, ReportKind},
@@ -202,13 +203,37 @@ fn printable(text: &str, limit: usize, bad: impl Fn(char) -> bool) -> String {
     text[..text.floor_char_boundary(limit)].replace(bad, " ")
 }
 
+/// A device that may not be served.
+pub fn access(refused: access::Refused) -> Status {
+    match refused {
+        access::Refused::Database(error) => db(error),
+        // Its number is the device's choice: no line in the log for each.
+        access::Refused::Hasty(_) => try_later(refused.to_string()),
+        refused => {
+            tracing::info!(reason = %refused, "A device was refused.");
+            Status::permission_denied(refused.to_string())
+        }
+    }
+}
+
 /// A failed database call, for a peer: that it may try again, and when. What failed stands in the log.
 pub fn db(error: DbError) -> Status {
     tracing::error!(
         error = &error as &dyn std::error::Error,
         "The database failed."
     );
-    let mut status = Status::unavailable("the database does not answer; try again later");
+    with_retry(Status::unavailable(
+        "the database does not answer; try again later",
+    ))
+}
+
+/// Too much now; the peer is told when to ask again.
+pub fn try_later(why: impl Into<String>) -> Status {
+    with_retry(Status::resource_exhausted(why))
+}
+
+/// Tells the peer when it may ask again.
+pub fn with_retry(mut status: Status) -> Status {
     let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
     status.metadata_mut().insert("retry-after-ms", retry.into());
     status

@@ -22,7 +22,7 @@ use crate::{
     access::Access,
     api::{authorize, status, stored},
     budget::Ask,
-    db::{Db, NamedFile},
+    db::{Db, DeviceRecord, NamedFile},
     files::{DownloadBody, FileStore, Mapped, RESTORE_HINT, Range, StoredFile},
     limits,
     listen::Caller,
@@ -84,10 +84,6 @@ impl Downloads {
         self.access
             .spend(&device, Ask::Download)
             .map_err(status::access)?;
-        self.access
-            .check_device(&device, &caller.peer)
-            .await
-            .map_err(status::access)?;
         let wanted = timeout(limits::REGISTER_TIME, decode(body))
             .await
             .map_err(|_| Status::deadline_exceeded("no whole request within 10 s"))??;
@@ -97,7 +93,9 @@ impl Downloads {
             .map_err(|_| Status::invalid_argument("file_id is not 64 lower-case hex digits"))?;
         let part = Part::try_from(wanted.part)
             .map_err(|_| Status::invalid_argument("a file has no such part"))?;
-        let size = self.check_wanted_by(&device, &id).await?;
+        let record = self.access.check_device(&device, &caller.peer).await;
+        let record = record.map_err(status::access)?;
+        let size = self.check_wanted_by(&record, &id).await?;
         let slot = self.slot(&device)?;
         let file = self.open(id, size).await?;
         let mapped = match part {
@@ -138,10 +136,7 @@ impl Downloads {
     }
 
     /// Only files of a release for the device's own recorded product; only while one of those is not revoked. Gives its size.
-    async fn check_wanted_by(&self, device: &DeviceId, id: &FileId) -> Result<u64, Status> {
-        let record = self.db.device(device).await.map_err(status::db)?;
-        let record =
-            record.ok_or_else(|| Status::permission_denied("this device is not known here"))?;
+    async fn check_wanted_by(&self, record: &DeviceRecord, id: &FileId) -> Result<u64, Status> {
         let named = self.db.named_file(id).await.map_err(status::db)?;
         let Some(NamedFile { size, products }) = named else {
             return Err(Status::not_found("no release names this file"));

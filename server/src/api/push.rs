@@ -38,17 +38,12 @@ impl PushService for Push {
         access
             .spend(&device, Ask::Connect)
             .map_err(status::access)?;
-        access
-            .check_device(&device, &caller.peer)
-            .await
-            .map_err(status::access)?;
-        let (context, address) = (self.context.clone(), caller.address);
-        let arrival = caller.arrival.clone();
+        let (context, caller) = (self.context.clone(), caller.clone());
         // One message ahead of the socket: what waits longer waits in the session's latest-wins slot.
         let (out, answer) = mpsc::channel(1);
-        let span = tracing::info_span!("stream", device.id = %device, peer = %address);
+        let span = tracing::info_span!("stream", device.id = %device, peer = %caller.address);
         let inbound = request.into_inner();
-        tokio::spawn(stream::run(context, device, inbound, out, arrival).instrument(span));
+        tokio::spawn(stream::run(context, device, caller, inbound, out).instrument(span));
         Ok(Response::new(ReceiverStream::new(answer)))
     }
 }

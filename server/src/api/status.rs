@@ -2,26 +2,12 @@
 
 use tonic::{Code, Status};
 
-use crate::{access, files::StoreError, limits};
+use crate::{files::StoreError, wire::with_retry};
 
 /// The trailer that has the words of [`with_next`].
 pub const NEXT: &str = "fwpush-next";
 
-/// Of the database.
-pub use crate::wire::db;
-
-/// Of a device that may not be served.
-pub fn access(refused: access::Refused) -> Status {
-    match refused {
-        access::Refused::Database(error) => db(error),
-        // Its number is the device's choice: no line in the log for each.
-        access::Refused::Hasty(_) => try_later(refused.to_string()),
-        refused => {
-            tracing::info!(reason = %refused, "A device was refused.");
-            Status::permission_denied(refused.to_string())
-        }
-    }
-}
+pub use crate::wire::{access, db, try_later};
 
 /// What the caller can do about a refusal, in words for the person: the command line shows them as its `next:` line.
 pub fn with_next(mut status: Status, next: impl AsRef<str>) -> Status {
@@ -34,18 +20,7 @@ pub fn with_next(mut status: Status, next: impl AsRef<str>) -> Status {
 
 /// What was asked for is not to be had now; the peer is told when to ask again.
 pub fn ask_again(why: impl Into<String>) -> Status {
-    let mut status = Status::unavailable(why);
-    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
-    status.metadata_mut().insert("retry-after-ms", retry.into());
-    status
-}
-
-/// Too much now; the device is told when to ask again.
-pub fn try_later(why: impl Into<String>) -> Status {
-    let mut status = Status::new(Code::ResourceExhausted, why);
-    let retry = limits::DOWNLOAD_RETRY.as_millis() as u64;
-    status.metadata_mut().insert("retry-after-ms", retry.into());
-    status
+    with_retry(Status::unavailable(why))
 }
 
 /// Of an image that is brought or published, and that this node could never serve.

@@ -385,7 +385,11 @@ impl Remote {
                         return Err(error);
                     }
                     cut_off_at = received;
-                    content = self.inner.bucket.get_rest(&id, received, size).await?;
+                    let rest = self.inner.bucket.get_rest(&id, received, size).await?;
+                    let Some(rest) = rest else {
+                        return Ok(Brought::Nowhere);
+                    };
+                    content = rest;
                 }
                 Err(error) => return Err(error),
             }

@@ -40,6 +40,7 @@ use crate::{
 pub(super) type Content = BoxStream<'static, Result<Bytes, StoreError>>;
 
 const FETCH: &str = "fetch an image";
+const STORE: &str = "store an image";
 
 /// The bucket; clones share its connections.
 #[derive(Clone)]
@@ -198,20 +199,23 @@ impl Bucket {
         Ok(Some((outline, self.content_of(content))))
     }
 
-    /// The content from `offset` on, of a file of `size` bytes of which that much has come.
+    /// The content from `offset` on, of a file of `size` bytes of which that much has come. `None`: it is not there any more.
     pub(super) async fn get_rest(
         &self,
         id: &FileId,
         offset: u64,
         size: u64,
-    ) -> Result<Content, StoreError> {
+    ) -> Result<Option<Content>, StoreError> {
         let rest = GetOptions::new().with_range(Some(offset..size));
-        let content = self.s3.get_opts(&self.content(id), rest).await;
-        let content = content.map_err(|error| self.failed(FETCH, error))?;
+        let content = match self.s3.get_opts(&self.content(id), rest).await {
+            Ok(content) => content,
+            Err(Error::NotFound { .. }) => return self.is_there().await.map(|()| None),
+            Err(error) => return Err(self.failed(FETCH, error)),
+        };
         if content.meta.size != size {
             return Err(StoreError::Damaged(*id));
         }
-        Ok(self.content_of(content))
+        Ok(Some(self.content_of(content)))
     }
 
     fn content_of(&self, found: GetResult) -> Content {
@@ -245,7 +249,7 @@ impl Bucket {
         stop: &CancellationToken,
     ) -> Result<(), StoreError> {
         let (id, outline) = (whole.id(), whole.outline().clone());
-        let failed = |error| self.failed("store an image", error);
+        let failed = |error| self.failed(STORE, error);
         let payload = PutPayload::from(outline.to_bytes());
         self.s3
             .put(&self.outline(&id), payload)
@@ -273,7 +277,18 @@ impl Bucket {
         if let (Err(_), Some(upload)) = (&sent, upload) {
             forget_parts(id, upload).await;
         }
-        sent
+        match sent {
+            // Its parts are gone, and the bucket may be there.
+            Err(StoreError::NoBucket { bucket, source }) => {
+                self.is_there().await?;
+                Err(StoreError::Faulty {
+                    operation: STORE,
+                    bucket,
+                    source,
+                })
+            }
+            sent => sent,
+        }
     }
 
     async fn put_parts(
@@ -319,7 +334,7 @@ impl Bucket {
         done: Result<object_store::Result<()>, tokio::task::JoinError>,
     ) -> Result<(), StoreError> {
         done.unwrap_or_else(|error| Err(Error::JoinError { source: error }))
-            .map_err(|error| self.failed("store an image", error))
+            .map_err(|error| self.failed(STORE, error))
     }
 
     /// Removes the file: its content, then its outline. Not there: nothing.

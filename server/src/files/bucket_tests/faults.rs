@@ -1,6 +1,6 @@
 //! A server that answers, and not as it should; a line that does not last.
 
-use super::*;
+use super::{super::s3::Bucket, *};
 
 /// Longer than a request is repeated.
 const ALWAYS: usize = 1_000;
@@ -194,6 +194,30 @@ async fn what_was_found_damaged_while_it_was_read_is_looked_at_before_it_is_read
     cached.set_len(200_000).unwrap();
     assert!(served(&store, &id).await == bytes);
     assert_eq!(fetches(&s3, &id), 1);
+}
+
+#[tokio::test]
+async fn what_is_gone_in_the_middle_is_not_taken_for_a_bucket_that_is() {
+    let s3 = S3::start(&S3Options::default()).unwrap();
+    let node = Node::new(&s3);
+    let store = node.open().await;
+    // As where somebody cleared unfinished uploads away.
+    let (content, id) = image(1, 14 * MIB);
+    s3.spoil("partNumber=2", Fault::Status(404), ALWAYS);
+    let error = put(&store, &content).await.unwrap_err();
+    assert!(matches!(error, StoreError::Faulty { .. }), "{error:?}");
+    s3.spoil("", Fault::Cut(0), 0);
+    let FilesPlace::S3(place) = node.place() else {
+        panic!("a bucket is configured");
+    };
+    let bucket = Bucket::open(&place).unwrap();
+    let rest = |offset| bucket.get_rest(&id, offset, content.len() as u64);
+    assert!(rest(1_000).await.unwrap().is_none());
+    assert_eq!(put(&store, &content).await.unwrap(), id);
+    assert!(rest(1_000).await.unwrap().is_some());
+    s3.spoil("", Fault::Status(404), ALWAYS);
+    let error = rest(1_000).await.map(drop).unwrap_err();
+    assert!(matches!(error, StoreError::NoBucket { .. }), "{error:?}");
 }
 
 #[tokio::test]
