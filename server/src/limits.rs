@@ -485,6 +485,8 @@ pub const ANNOUNCEMENTS: usize = 1_024;
 
 /// Nodes that share a database compare what others may have changed this often, +-20 %, whatever they were told.
 pub const RECONCILE: Duration = Duration::from_secs(30);
+/// After some of it could not be looked at.
+pub const RECONCILE_AGAIN: Duration = Duration::from_secs(5);
 
 /// Presence events that wait to be passed on to other nodes; a device that comes and goes while more do is not heard of there.
 pub const PRESENCE_QUEUE: usize = 4_096;

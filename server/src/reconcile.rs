@@ -5,7 +5,10 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use fwpush_keys::id::{DeviceId, NodeId};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -40,7 +43,8 @@ enum Failed {
 }
 
 impl Reconcile {
-    /// Looks at what `news` says at once, and at everything every [`limits::RECONCILE`], until `stop`.
+    /// Looks at what `news` says at once, and at everything every [`limits::RECONCILE`], until `stop`: however much news there is, and
+    /// soon where some could not be looked at.
     ///
     /// The sender is kept, so that a server without a cluster has news that never comes and not news that has ended.
     pub(crate) async fn run(
@@ -48,18 +52,17 @@ impl Reconcile {
         (_sender, mut news): (mpsc::Sender<Change>, mpsc::Receiver<Change>),
         stop: CancellationToken,
     ) {
-        let mut pause = next_pause();
+        let mut due = Instant::now() + next_pause();
         loop {
             let first = tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
+                () = sleep_until(due) => Change::Everything,
                 Some(change) = news.recv() => change,
-                () = tokio::time::sleep(pause) => Change::Everything,
             };
             for change in all_of(first, &mut news) {
-                if change == Change::Everything {
-                    pause = next_pause();
-                }
                 match self.look(&change).await {
+                    Ok(()) if change == Change::Everything => due = Instant::now() + next_pause(),
                     Ok(()) => {}
                     Err(Failed::Db(DbError::Closed)) => return,
                     Err(error) => {
@@ -67,6 +70,12 @@ impl Reconcile {
                             error = &error as &dyn std::error::Error,
                             "What other nodes changed is looked at later."
                         );
+                        let soon = Instant::now() + limits::RECONCILE_AGAIN;
+                        due = if change == Change::Everything {
+                            soon
+                        } else {
+                            due.min(soon)
+                        };
                     }
                 }
             }
@@ -91,14 +100,8 @@ impl Reconcile {
 
     /// Takes in what other nodes published, and what follows from it: a node may die between the two.
     async fn compare_trust(&self) -> Result<(), Failed> {
-        if self.trust.reload().await? {
-            for list in self.trust.revocations() {
-                self.trust
-                    .apply_revocation(&list.product, self.node.as_str())
-                    .await?;
-            }
-        }
-        Ok(())
+        self.trust.reload().await?;
+        Ok(self.trust.apply_revocations(self.node.as_str()).await?)
     }
 
     async fn compare_all_devices(&self) -> Result<(), Failed> {
@@ -153,8 +156,11 @@ impl Reconcile {
 fn all_of(first: Change, news: &mut mpsc::Receiver<Change>) -> Vec<Change> {
     let mut all = vec![first];
     while let Ok(next) = news.try_recv() {
-        if !all.contains(&next) && all.len() < limits::ANNOUNCEMENTS {
+        if !all.contains(&next) {
             all.push(next);
+        }
+        if all.len() > limits::ANNOUNCEMENTS {
+            return vec![Change::Everything];
         }
     }
     if all.contains(&Change::Everything) {

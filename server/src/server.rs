@@ -145,11 +145,7 @@ impl Server {
             tracing::warn!(%error, "What backups that were cut off left behind could not be removed.");
         }
         let trust = TrustDocs::open(&config.trust.dir, db.clone()).await?;
-        for list in trust.revocations() {
-            trust
-                .apply_revocation(&list.product, config.node_id.as_str())
-                .await?;
-        }
+        trust.apply_revocations(config.node_id.as_str()).await?;
 
         let engine_stop = CancellationToken::new();
         let peers_tls = Arc::new(ArcSwap::from_pointee(peers_tls(&config)?));

@@ -496,6 +496,11 @@ impl Sessions {
             .announce(device, product, EventType::Update, version);
     }
 
+    /// The epoch of the device's live session.
+    pub(crate) fn epoch_of(&self, device: &DeviceId) -> Option<u64> {
+        self.state().live.get(device).map(|entry| entry.epoch)
+    }
+
     /// True while the device has a live stream on this node.
     pub fn is_online(&self, device: &DeviceId) -> bool {
         self.state().live.contains_key(device)

@@ -81,6 +81,8 @@ struct Inner {
     changed: watch::Sender<u64>,
     /// One publication at a time, from the check to the commit. Holds how many documents of the database were looked at.
     publishing: Mutex<u64>,
+    /// The value of `changed` up to which all lists are applied.
+    applied: Mutex<Option<u64>>,
 }
 
 #[derive(Clone, Debug)]
@@ -128,6 +130,7 @@ impl TrustDocs {
         let (changed, _) = watch::channel(0);
         let inner = Inner {
             publishing: Mutex::new(0),
+            applied: Mutex::new(None),
             db,
             documents: RwLock::new(documents),
             changed,
@@ -205,9 +208,8 @@ impl TrustDocs {
         })
     }
 
-    /// Marks in the database what the newest list of `product` revokes, which stops its rollouts. Also at each start, so
-    /// that a crash between a list's commit and this is made good.
-    pub async fn apply_revocation(&self, product: &Product, actor: &str) -> Result<(), DbError> {
+    /// Marks in the database what the newest list of `product` revokes, which stops its rollouts.
+    async fn apply_revocation(&self, product: &Product, actor: &str) -> Result<(), DbError> {
         let Some(list) = self.revocation(product) else {
             return Ok(());
         };
@@ -225,18 +227,33 @@ impl TrustDocs {
         self.inner.db.set_revoked(product, &revoked, actor).await
     }
 
-    /// Takes in what other nodes have published. What a device may have of it is handed on. False: there was nothing new.
-    pub async fn reload(&self) -> Result<bool, LoadError> {
+    /// Applies each product's newest list, unless that was done since the last document came. What fails is done at the next call: a
+    /// node, the one that published it too, may die or lose its database between a list's commit and this.
+    pub async fn apply_revocations(&self, actor: &str) -> Result<(), DbError> {
+        let mut applied = self.inner.applied.lock().await;
+        let present = *self.inner.changed.borrow();
+        if *applied == Some(present) {
+            return Ok(());
+        }
+        for list in self.revocations() {
+            self.apply_revocation(&list.product, actor).await?;
+        }
+        *applied = Some(present);
+        Ok(())
+    }
+
+    /// Takes in what other nodes have published. What a device may have of it is handed on.
+    pub async fn reload(&self) -> Result<(), LoadError> {
         let mut seen = self.inner.publishing.lock().await;
         self.catch_up(&mut seen).await
     }
 
     /// `seen` is how many documents there were at the last look.
-    async fn catch_up(&self, seen: &mut u64) -> Result<bool, LoadError> {
+    async fn catch_up(&self, seen: &mut u64) -> Result<(), LoadError> {
         let db = &self.inner.db;
         let count = db.count_trust_documents().await?;
         if count == *seen {
-            return Ok(false);
+            return Ok(());
         }
         let mut documents = self.documents().clone();
         let newest = documents.head.version;
@@ -255,7 +272,7 @@ impl TrustDocs {
         }
         *seen = count;
         self.hand_out(documents);
-        Ok(true)
+        Ok(())
     }
 
     fn hand_out(&self, documents: Documents) {

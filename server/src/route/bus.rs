@@ -123,7 +123,8 @@ pub(super) async fn announce(
 }
 
 /// Reads bus and inbox until `stop`, hands on what concerns this node to `news`, and begins anew whenever `restart` says so or the
-/// connection is lost. With each beginning comes [`Change::Everything`], so that nothing said meanwhile matters.
+/// connection is lost. With each beginning comes [`Change::Everything`], so that nothing said on the bus meanwhile matters; the inbox,
+/// which is this life's alone, is read on from where it was.
 pub(super) async fn listen(
     cluster: Arc<Cluster>,
     sessions: Sessions,
@@ -131,9 +132,10 @@ pub(super) async fn listen(
     mut restart: watch::Receiver<u64>,
     stop: CancellationToken,
 ) {
+    let mut inbox_read = "0-0".to_owned();
     loop {
         restart.borrow_and_update();
-        let reading = read(&cluster, &sessions, &news);
+        let reading = read(&cluster, &sessions, &news, &mut inbox_read);
         tokio::select! {
             () = stop.cancelled() => return,
             Ok(()) = restart.changed() => continue,
@@ -154,16 +156,11 @@ async fn read(
     cluster: &Cluster,
     sessions: &Sessions,
     news: &mpsc::Sender<Change>,
+    inbox_read: &mut String,
 ) -> Result<(), ConnectError> {
     let mut connection = cluster.redis.open_reader().await?;
-    let keys = [
-        BUS.to_owned(),
-        inbox(cluster.me.node.as_str(), &cluster.me.incarnation),
-    ];
-    let mut read_up_to = Vec::new();
-    for key in &keys {
-        read_up_to.push(last_of(&mut connection, key).await?);
-    }
+    let inbox = inbox(cluster.me.node.as_str(), &cluster.me.incarnation);
+    let mut bus_read = last_of(&mut connection, BUS).await?;
     // After that: what is said from now on is read, what was said before is found by comparing.
     if !hand_on(news, Change::Everything) {
         return Ok(());
@@ -172,15 +169,18 @@ async fn read(
         let mut read = redis::cmd("XREAD");
         read.arg("COUNT").arg(limits::BUS_READ);
         read.arg("BLOCK").arg(limits::BUS_BLOCK.as_millis() as u64);
-        read.arg("STREAMS").arg(&keys).arg(&read_up_to);
+        read.arg("STREAMS").arg(BUS).arg(&inbox);
+        read.arg(&bus_read).arg(&*inbox_read);
         let answer: Option<StreamReadReply> = read.query_async(&mut connection).await?;
         for stream in answer.into_iter().flat_map(|answer| answer.keys) {
-            let Some(place) = keys.iter().position(|key| *key == stream.key) else {
-                continue;
+            let read_up_to = if stream.key == inbox {
+                &mut *inbox_read
+            } else {
+                &mut bus_read
             };
             let mut rollouts = false;
             for entry in stream.ids {
-                read_up_to[place].clone_from(&entry.id);
+                read_up_to.clone_from(&entry.id);
                 let field = |name: &str| entry.get::<String>(name).unwrap_or_default();
                 if field("from") == cluster.me.incarnation {
                     continue;

@@ -1,9 +1,13 @@
 //! This node among others: its lease, its sessions in the registry, and who else is there.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
-use fwpush_keys::id::NodeId;
+use fwpush_keys::id::{DeviceId, NodeId};
 use tokio::{
     sync::{Notify, mpsc, watch},
     time::Instant,
@@ -11,7 +15,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    bus::Change,
+    bus::{self, Change},
     peers::Peers,
     redis::{Away, Redis},
     registry::{self, Me},
@@ -33,11 +37,22 @@ pub(super) struct Cluster {
     pub others: ArcSwap<Vec<(NodeId, String)>>,
     /// This node begins to drain, and says so at once.
     pub beat_now: Notify,
+    /// Sessions that were overtaken by one of this node's while their node could not be told.
+    pub untold: Mutex<Vec<Overtaken>>,
+}
+
+/// A session of another node, and the epoch of the one that overtook it.
+#[derive(Debug)]
+pub(super) struct Overtaken {
+    pub device: DeviceId,
+    pub epoch: u64,
+    pub node: String,
+    pub incarnation: String,
 }
 
 /// Says every [`limits::NODE_BEAT`] that this node lives, and gets Redis back when it is away; at `stop` gives the lease up.
 ///
-/// `again` is raised whenever the store may have lost something: it was away, or came back as another.
+/// `again` is raised whenever the store may have lost something (it was away, or came back as another), and when it had lost this node.
 pub(super) async fn live(
     cluster: Arc<Cluster>,
     sessions: Sessions,
@@ -70,6 +85,8 @@ struct Beats {
     epoch: Option<String>,
     /// The lease was this process's at the last beat.
     mine: bool,
+    /// Since the last beat that came through the connection was made anew.
+    connected: bool,
 }
 
 async fn beat(
@@ -78,9 +95,9 @@ async fn beat(
     beats: &mut Beats,
     again: &watch::Sender<u64>,
 ) -> Result<(), Away> {
-    let connected = !cluster.redis.is_up();
-    if connected {
+    if !cluster.redis.is_up() {
         cluster.redis.connect().await.map_err(|_| Away)?;
+        beats.connected = true;
     }
     let (redis, me) = (&cluster.redis, &cluster.me);
     let (epoch, before) =
@@ -91,13 +108,14 @@ async fn beat(
             "Another process runs under this node's id: give each node one of its own, and stop one of them."
         );
     }
-    beats.mine = true;
+    // Who was taken for dead was not told which of its devices have gone elsewhere.
+    let lapsed = std::mem::replace(&mut beats.mine, true) && before != me.incarnation;
     let emptied = beats.epoch.as_ref().is_some_and(|known| *known != epoch);
     if emptied {
         tracing::warn!("Redis came back empty: this node's sessions are entered anew.");
     }
     beats.epoch = Some(epoch);
-    if connected || emptied {
+    if std::mem::take(&mut beats.connected) || emptied || lapsed {
         again.send_modify(|count| *count += 1);
         // What this node committed while it could not say so.
         let _ = cluster.changes.try_send(Change::Everything);
@@ -106,6 +124,39 @@ async fn beat(
 }
 
 impl Cluster {
+    /// Tells the node of an overtaken session, if that life of it is still there; where it cannot be told now, as soon as it can.
+    pub(super) async fn tell_overtaken(&self, overtaken: Overtaken) {
+        if self.try_tell(&overtaken).await.is_err() {
+            let mut untold = self.untold();
+            // Of more, each node finds out by itself within limits::SESSION_TOUCH.
+            if untold.len() < limits::SESSION_ENDS {
+                untold.push(overtaken);
+            }
+        }
+    }
+
+    async fn tell_untold(&self) {
+        if !self.redis.is_up() {
+            return;
+        }
+        let untold = std::mem::take(&mut *self.untold());
+        for overtaken in untold {
+            self.tell_overtaken(overtaken).await;
+        }
+    }
+
+    async fn try_tell(&self, overtaken: &Overtaken) -> Result<(), Away> {
+        let before = (&*overtaken.node, &*overtaken.incarnation);
+        if registry::lives(&self.redis, before.0, before.1).await? {
+            bus::tell_replaced(self, before, &overtaken.device, overtaken.epoch).await?;
+        }
+        Ok(())
+    }
+
+    fn untold(&self) -> MutexGuard<'_, Vec<Overtaken>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The nodes as the registry lists them; keeps in mind where the others are.
     pub(super) async fn nodes(&self) -> Result<Vec<registry::Listed>, Away> {
         let listed = registry::nodes(&self.redis).await?;
@@ -146,6 +197,7 @@ pub(super) async fn keep_sessions(
             }
         }
         leave(&cluster, &sessions, &mut ended).await;
+        cluster.tell_untold().await;
     }
     while let Ok(end) = ends.try_recv() {
         ended.push(end);

@@ -43,7 +43,7 @@ use crate::{
     limits,
     session::{Ended, Presence, Session, Sessions},
 };
-use cluster::Cluster;
+use cluster::{Cluster, Overtaken};
 use peers::Peers;
 use redis::Redis;
 use registry::Me;
@@ -142,6 +142,7 @@ impl Route {
             changes,
             others: ArcSwap::default(),
             beat_now: tokio::sync::Notify::new(),
+            untold: std::sync::Mutex::default(),
         });
         let (again, lost) = watch::channel(0);
         let tasks = TaskTracker::new();
@@ -222,12 +223,13 @@ impl Route {
                 ticket = claimed.ticket;
                 self.sessions.saw_epoch(ticket.epoch);
                 if let Some((node, incarnation)) = claimed.elsewhere {
-                    let before = (&*node, &*incarnation);
-                    if let Err(Away) =
-                        replace_elsewhere(cluster, before, device, ticket.epoch).await
-                    {
-                        tracing::debug!(device.id = %device, "The node before was not told that the device has left it.");
-                    }
+                    let overtaken = Overtaken {
+                        device: device.clone(),
+                        epoch: ticket.epoch,
+                        node,
+                        incarnation,
+                    };
+                    cluster.tell_overtaken(overtaken).await;
                 }
             }
         }
@@ -243,6 +245,13 @@ impl Route {
             && newest > epoch
         {
             self.sessions.replace(device, newest);
+        }
+    }
+
+    /// The same of a session that is to be relied on: a newer one may have been made while this node could not be told.
+    async fn check_own(&self, device: &DeviceId) {
+        if let (Some(_), Some(epoch)) = (&self.cluster, self.sessions.epoch_of(device)) {
+            self.check_newest(device, epoch).await;
         }
     }
 
@@ -278,6 +287,7 @@ impl Route {
         device: &DeviceId,
         message: ServerMessage,
     ) -> Result<Pushed, PushError> {
+        self.check_own(device).await;
         let outcome = self.sessions.push(device, message.clone(), 0);
         if outcome != PushOutcome::NotHere {
             return Ok(self.here(outcome));
@@ -288,6 +298,7 @@ impl Route {
 
     /// Asks the device for a sign of life, on whatever node, and waits for it.
     pub async fn ping(&self, device: &DeviceId) -> Result<Pushed, PushError> {
+        self.check_own(device).await;
         let here = self.ping_here(device, 0).await;
         if here.outcome != PushOutcome::NotHere {
             return Ok(here);
@@ -449,19 +460,6 @@ async fn call(
         node: node.clone(),
         answered: (answer.answered_us > 0).then(|| Duration::from_micros(answer.answered_us)),
     })
-}
-
-/// Tells the node before, if that life of it is still there.
-async fn replace_elsewhere(
-    cluster: &Cluster,
-    (node, incarnation): (&str, &str),
-    device: &DeviceId,
-    epoch: u64,
-) -> Result<(), Away> {
-    if registry::lives(&cluster.redis, node, incarnation).await? {
-        bus::tell_replaced(cluster, (node, incarnation), device, epoch).await?;
-    }
-    Ok(())
 }
 
 fn partition(

@@ -179,11 +179,7 @@ impl Redis {
     /// Gives the connection up, unless another has taken its place already: a server that lost its scripts, became a replica, refuses
     /// to write or still loads its data is asked anew like one that went silent. What is wrong with a single key is that key's matter.
     fn failed(&self, used: &Arc<MultiplexedConnection>, error: &RedisError) -> Away {
-        let of_one_key = matches!(
-            error.kind(),
-            ErrorKind::UnexpectedReturnType | ErrorKind::Server(ServerErrorKind::ResponseError)
-        );
-        if of_one_key {
+        if is_of_one_key(error) {
             tracing::warn!(%error, "Redis holds something that is not this version's.");
             return Away;
         }
@@ -202,6 +198,30 @@ impl Redis {
         self.problem.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+fn is_of_one_key(error: &RedisError) -> bool {
+    match error.kind() {
+        ErrorKind::UnexpectedReturnType => true,
+        // Redis before 7 tells what went wrong in a script within the words of an error of the script.
+        ErrorKind::Server(ServerErrorKind::ResponseError) => {
+            let words = error.detail().unwrap_or_default();
+            !OF_THE_SERVER.iter().any(|code| words.contains(code))
+        }
+        _ => false,
+    }
+}
+
+/// Codes of errors that are not a key's but the server's.
+const OF_THE_SERVER: [&str; 8] = [
+    "READONLY",
+    "OOM",
+    "NOREPLICAS",
+    "MISCONF",
+    "MASTERDOWN",
+    "LOADING",
+    "CLUSTERDOWN",
+    "NOPERM",
+];
 
 /// Valkey says which Redis it is like.
 fn check_version(info: &str) -> Result<(), ConnectError> {
@@ -223,6 +243,31 @@ fn check_version(info: &str) -> Result<(), ConnectError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_script_met_is_the_servers_matter_in_every_version() {
+        let error = |words: &str| {
+            let kind = ErrorKind::Server(ServerErrorKind::ResponseError);
+            RedisError::from((
+                kind,
+                "An error was signalled by the server",
+                words.to_owned(),
+            ))
+        };
+        for words in [
+            "Error running script (call to f_0123): @user_script:12: -READONLY You can't write against a read only replica.",
+            "Error running script (call to f_0123): @user_script:9: -OOM command not allowed when used memory > 'maxmemory'.",
+            "Error running script (call to f_0123): @user_script:9: -MISCONF Redis is configured to save RDB snapshots",
+        ] {
+            assert!(!is_of_one_key(&error(words)), "{words}");
+        }
+        for words in [
+            "value is not an integer or out of range",
+            "Error running script (call to f_0123): @user_script:3: @user_script: 3: Wrong number of args",
+        ] {
+            assert!(is_of_one_key(&error(words)), "{words}");
+        }
+    }
 
     #[test]
     fn a_redis_that_is_too_old_is_refused_by_its_version() {

@@ -276,21 +276,22 @@ pub(super) async fn holders(
             .arg(session_key(device))
             .arg(&["node", "inc", "epoch", "left"]);
     }
-    type Row = (Option<String>, Option<String>, Option<u64>, Option<String>);
+    // As texts: a key that holds something else must not keep the others.
+    type Row = [Option<String>; 4];
     let rows: Vec<Row> = redis.ask_all(&all).await?;
     let alive: HashMap<NodeId, Node> = nodes(redis)
         .await?
         .into_iter()
         .filter_map(|listed| Some((listed.node, listed.lease?)))
         .collect();
-    let holder = |(node, incarnation, epoch, left): Row| {
+    let holder = |[node, incarnation, epoch, left]: Row| {
         let node: NodeId = node?.parse().ok()?;
         let lease = alive.get(&node)?;
         (left.is_none() && incarnation? == lease.incarnation).then_some(Holder {
             node,
             incarnation: lease.incarnation.clone(),
             address: lease.address.clone(),
-            epoch: epoch?,
+            epoch: epoch?.parse().ok()?,
         })
     };
     Ok(devices

@@ -287,6 +287,125 @@ async fn an_older_session_is_not_put_over_a_newer_one_and_learns_of_it() {
 }
 
 #[tokio::test]
+async fn a_node_that_was_taken_for_dead_learns_of_what_overtook_its_sessions() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let one = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let mut first = one.claim("a", None).await;
+    // As after a sleep: its lease has run out, and it does not know yet. Its next beat takes it again.
+    redis.cli(&["DEL", "fw:n:n1"]).unwrap();
+    let second = two.claim("a", None).await;
+    replaced(&mut first).await;
+    assert_eq!(*second.closing.borrow(), None);
+}
+
+#[tokio::test]
+async fn what_was_put_into_an_inbox_while_nobody_read_it_is_read_later() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let mut one = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let mut first = one.claim("a", None).await;
+    let news = &one.route.cluster.as_ref().unwrap().me.incarnation;
+    assert_eq!(
+        redis.cli(&["EXISTS", &bus::inbox("n1", news)]).unwrap(),
+        "0"
+    );
+    let clients = redis.cli(&["CLIENT", "LIST"]).unwrap();
+    // Both nodes' readers, and no other connection.
+    for reader in clients.lines().filter(|line| line.contains("cmd=xread")) {
+        let id = reader.split(' ').next().unwrap().trim_start_matches("id=");
+        redis.cli(&["CLIENT", "KILL", "ID", id]).unwrap();
+    }
+    let second = two.claim("a", None).await;
+    one.hears(Change::Everything).await;
+    replaced(&mut first).await;
+    assert_eq!(*second.closing.borrow(), None);
+}
+
+#[tokio::test]
+async fn a_node_that_could_not_be_told_is_told_when_redis_is_back() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let one = Node::start(&bench, &redis, "n1").await;
+    let two = Node::start(&bench, &redis, "n2").await;
+    let mut first = one.claim("a", None).await;
+    let cluster = two.route.cluster.as_ref().unwrap();
+    // Between its claim and this word the second node lost Redis.
+    cluster.untold.lock().unwrap().push(Overtaken {
+        device: id("a"),
+        epoch: first.epoch + 1,
+        node: "n1".to_owned(),
+        incarnation: one.route.cluster.as_ref().unwrap().me.incarnation.clone(),
+    });
+    replaced(&mut first).await;
+}
+
+#[tokio::test]
+async fn a_session_that_was_overtaken_is_not_relied_on_for_a_message() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let node = Node::start(&bench, &redis, "n1").await;
+    let mut session = node.claim("a", None).await;
+    let message = || ServerMessage {
+        kind: Some(ToDevice::Ping(Ping { nonce: 1 })),
+    };
+    let pushed = node.route.push(&id("a"), message()).await.unwrap();
+    assert_eq!(pushed.outcome, PushOutcome::Delivered);
+    // By a node that died before it could say so.
+    let newer = (session.epoch + 1).to_string();
+    redis
+        .cli(&[
+            "HSET", "fw:s:a", "node", "n9", "inc", "x", "sid", "y", "epoch", &newer,
+        ])
+        .unwrap();
+    let pushed = node.route.push(&id("a"), message()).await.unwrap();
+    assert_eq!(pushed.outcome, PushOutcome::NotHere);
+    replaced(&mut session).await;
+    let pinged = node.route.ping(&id("a")).await.unwrap();
+    assert_eq!(pinged.outcome, PushOutcome::NotHere);
+}
+
+#[tokio::test]
+async fn a_key_that_holds_something_else_stands_in_the_way_of_no_other() {
+    let Some(redis) = redis() else { return };
+    let bench = Bench::new().await;
+    let node = Node::start(&bench, &redis, "n1").await;
+    let mut sessions = Vec::new();
+    for device in ["a", "b", "c", "d"] {
+        sessions.push(node.claim(device, None).await);
+    }
+    let spoil = || {
+        redis.cli(&["DEL", "fw:s:a", "fw:s:d"]).unwrap();
+        redis.cli(&["SET", "fw:s:a", "something"]).unwrap();
+        redis
+            .cli(&["HSET", "fw:s:b", "epoch", "soon", "sid", "x"])
+            .unwrap();
+    };
+    spoil();
+    node.sessions.untouch(None);
+    for device in ["a", "b", "c", "d"] {
+        until("the session's entry", || async {
+            let node = redis.cli(&["HGET", &format!("fw:s:{device}"), "node"]);
+            node.is_ok_and(|node| node == "n1")
+        })
+        .await;
+    }
+    spoil();
+    let claimed = node.claim("a", None).await;
+    assert!(claimed.epoch > sessions[0].epoch);
+    assert_eq!(entered(&redis, "a"), "n1");
+    spoil();
+    drop(claimed);
+    sessions.clear();
+    until("the ends to be told", || async {
+        redis.cli(&["HGET", "fw:s:c", "left"]).unwrap() == "1"
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_one_node_announces_the_others_hear_and_itself_not() {
     let Some(redis) = redis() else { return };
     let bench = Bench::new().await;

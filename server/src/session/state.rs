@@ -11,7 +11,7 @@ use fwpush_proto::v1::{
 };
 use tokio::sync::mpsc;
 
-use super::{Entry, Presence, State};
+use super::{Closing, Entry, Presence, State};
 use crate::limits;
 
 impl State {
@@ -57,6 +57,10 @@ impl State {
         };
         if epoch != 0 && epoch != entry.epoch {
             return PushOutcome::StaleEpoch;
+        }
+        // What it has to say still goes out, and the device is elsewhere.
+        if matches!(*entry.closing.borrow(), Some(Closing::Replaced)) {
+            return PushOutcome::NotHere;
         }
         match entry.control.try_send(message) {
             Ok(()) => PushOutcome::Delivered,

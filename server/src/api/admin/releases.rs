@@ -5,13 +5,7 @@ use fwpush_proto::v1;
 use tonic::{Code, Status};
 
 use super::{Admin, optional_id, views, words};
-use crate::{
-    api::status as map,
-    files::StoreError,
-    releases::PublishError,
-    route::Change,
-    trust::{self, Published},
-};
+use crate::{api::status as map, files::StoreError, releases::PublishError, route::Change, trust};
 
 pub async fn publish(
     admin: &Admin,
@@ -114,30 +108,15 @@ pub async fn publish_trust(
     operator: &OperatorId,
     request: v1::PublishTrustRequest,
 ) -> Result<v1::TrustInfo, Status> {
-    let published = admin
+    admin
         .trust
         .publish(&request.envelope, operator.as_str())
         .await
         .map_err(trust_refused)?;
     admin.route.announce(Change::Trust);
-    let lists = match published {
-        Published::Root => Vec::new(),
-        Published::Revocation(product) => vec![product],
-        // The call before this one may have been cut between the list's commit and what follows from it.
-        Published::Same => admin
-            .trust
-            .revocations()
-            .iter()
-            .map(|list| list.product.clone())
-            .collect(),
-    };
-    for product in lists {
-        admin
-            .trust
-            .apply_revocation(&product, operator.as_str())
-            .await
-            .map_err(map::db)?;
-    }
+    // Also for a document that was there already: the call before this one may have been cut between its commit and this.
+    let applied = admin.trust.apply_revocations(operator.as_str()).await;
+    applied.map_err(map::db)?;
     Ok(views::trust(&admin.trust))
 }
 

@@ -5,10 +5,15 @@
 --          one's node and incarnation
 local at = redis.call('TIME')
 local now = string.format('%.0f', at[1] * 1000 + math.floor(at[2] / 1000))
-local held = redis.call('HMGET', KEYS[1], 'sid', 'epoch', 'left', 'node', 'inc')
+local held = redis.pcall('HMGET', KEYS[1], 'sid', 'epoch', 'left', 'node', 'inc')
+if held.err then
+  -- Something else under our name: one such key must not stand in the way of all that are asked with it.
+  redis.call('DEL', KEYS[1])
+  held = {}
+end
 local other = held[1] and held[1] ~= ARGV[3] and not held[3] and held[5] ~= ARGV[6]
 if other then
-  local theirs, mine = tonumber(held[2] or '0'), tonumber(ARGV[4])
+  local theirs, mine = tonumber(held[2]) or 0, tonumber(ARGV[4])
   -- Two of the same millisecond: one of them, and on every node the same one.
   if theirs > mine or (theirs == mine and held[1] > ARGV[3]) then
     return {'newer', held[4] or '', held[5] or ''}
