@@ -20,7 +20,7 @@ use crate::{
     budget::Ask,
     config::Tunables,
     db::{Db, DeviceRecord, ReleaseRow},
-    desired::{self, Desired, DesiredAction},
+    desired::{self, Desired, DesiredAction, Registration},
     ingest::{DeviceReport, Ingest, ReportError},
     limits,
     listen::Caller,
@@ -45,6 +45,8 @@ pub struct Context {
     pub tunables: Arc<ArcSwap<Tunables>>,
     pub mirrors: Mirrors,
 }
+
+const REPLACED: &str = "a newer stream of this device took over";
 
 type Out = mpsc::Sender<Result<ServerMessage, Status>>;
 
@@ -112,10 +114,17 @@ async fn serve(
     let session = claim.await;
     // After the claim: a change of the desired state from here on reaches the session's slot.
     let (desired, ()) = tokio::join!(
-        desired::register(&context.ingest, &hello.facts, device),
+        desired::register(&context.ingest, &hello.facts, device, session.epoch),
         context.route.check_newest(device, session.epoch),
     );
-    let desired = desired.map_err(wire::db)?;
+    let desired = match desired.map_err(wire::db)? {
+        Registration::Done(desired) => desired,
+        Registration::Overtaken { by } => {
+            // By a clock that was ahead, maybe: the device's next session here is above it.
+            context.sessions.saw_epoch(by);
+            return Err(Status::aborted(REPLACED).into());
+        }
+    };
     tracing::info!(
         session.id = session.id,
         session.epoch,
@@ -491,7 +500,7 @@ impl Stream<'_> {
 
     async fn close(&mut self, closing: Closing) -> End {
         match closing {
-            Closing::Replaced => Status::aborted("a newer stream of this device took over").into(),
+            Closing::Replaced => Status::aborted(REPLACED).into(),
             Closing::Refused => {
                 Status::permission_denied("this device is blocked or was removed").into()
             }

@@ -66,6 +66,8 @@ pub struct DeviceRecord {
     /// The newest generation that it said it has handled.
     pub observed_generation: u64,
     pub current: RunningImage,
+    /// Of the session whose registration changed this record last.
+    pub(crate) session_epoch: u64,
     pub desired_generation: u64,
     pub(crate) desired_action: DesiredAction,
     pub(crate) desired_rollout: Option<RolloutId>,
@@ -101,6 +103,7 @@ impl DeviceRecord {
                 slot: row.text("slot")?.to_owned(),
                 confirmed: row.bool("confirmed")?,
             },
+            session_epoch: row.u64("session_epoch")?,
             desired_generation: row.u64("desired_generation")?,
             desired_action: desired_action
                 .ok_or_else(|| DbError::value("desired_action", action))?,

@@ -44,6 +44,12 @@ const MIGRATIONS: &[Migration] = &[
         sqlite: include_str!("../../migrations/sqlite/0004_listeners.sql"),
         postgres: include_str!("../../migrations/postgres/0004_listeners.sql"),
     },
+    Migration {
+        version: 5,
+        oldest_binary: 1,
+        sqlite: include_str!("../../migrations/sqlite/0005_session_epoch.sql"),
+        postgres: include_str!("../../migrations/postgres/0005_session_epoch.sql"),
+    },
 ];
 
 /// Brings the database to the newest schema this binary knows. Already there, or newer but bearable: changes nothing.

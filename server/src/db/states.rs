@@ -198,7 +198,7 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
     const FACTS: &str = "UPDATE devices SET held = x.held, state_id = x.state_id, agent_version = x.agent_version, \
         channels = x.channels, attributes = x.attributes, observed_generation = x.observed_generation, \
         release_id = x.release_id, version = x.version, security_counter = x.security_counter, slot = x.slot, \
-        confirmed = x.confirmed \
+        confirmed = x.confirmed, session_epoch = x.session_epoch \
         FROM {rows} AS x WHERE devices.device_id = x.device_id";
     const DESIRED: &str = "UPDATE devices SET desired_generation = x.generation, desired_action = x.action, \
         desired_rollout_id = x.rollout_id, next_rollout_id = x.next_rollout_id \
@@ -216,6 +216,7 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
         Int("security_counter"),
         Text("slot"),
         Int("confirmed"),
+        Int("session_epoch"),
     ]);
     let mut desired = Rows::of(&[
         Text("device_id"),
@@ -240,6 +241,7 @@ async fn save_devices(tx: &mut Tx, states: &[DeviceState]) -> Result<(), DbError
                 record.current.security_counter,
                 record.current.slot,
                 i64::from(record.current.confirmed),
+                record.session_epoch,
             ]));
         }
         if state.desired_changed || record.next_rollout != state.stored_next {

@@ -263,7 +263,7 @@ impl Bench {
 
     /// The device connects and says what it runs.
     pub(crate) async fn register(&self, name: &str, facts: Facts) -> Arc<Desired> {
-        ingest::testing::register(&self.db, &id(name), facts)
+        ingest::testing::register(&self.db, &id(name), facts, 0)
             .await
             .unwrap();
         self.desired(name).await

@@ -145,7 +145,16 @@ impl Desired {
     }
 }
 
-/// Takes in what a connecting device says of itself and gives what it should do now.
+/// What came of a registration.
+#[derive(Clone, Debug)]
+pub enum Registration {
+    /// Taken in; this is what the device should do now.
+    Done(Arc<Desired>),
+    /// A session of this epoch, which is newer, was registered meanwhile on another node. Nothing was taken in.
+    Overtaken { by: u64 },
+}
+
+/// Takes in what a device says of itself in its session of `epoch`.
 ///
 /// Only reads where the device says nothing new; else the change is committed, in a group with others, before this returns.
 /// [`DbError::Overloaded`] when the group commit cannot keep up. A device that was removed meanwhile is told to HOLD.
@@ -153,22 +162,34 @@ pub async fn register(
     ingest: &Ingest,
     facts: &Facts,
     device: &DeviceId,
-) -> Result<Arc<Desired>, DbError> {
+    epoch: u64,
+) -> Result<Registration, DbError> {
     let db = ingest.db();
     let Some(mut state) = load(db, device).await? else {
-        return Ok(Arc::new(unknown()));
+        return Ok(Registration::Done(Arc::new(unknown())));
     };
     let now = db.now();
+    let overtaken = |state: &DeviceState| Registration::Overtaken {
+        by: state.record.session_epoch,
+    };
+    if state.is_overtaken(epoch) {
+        return Ok(overtaken(&state));
+    }
     state.register(facts, now);
     let joins = state.row.is_none() && join::would_join(db, &state, now).await?;
     if state.changed() || joins {
-        ingest.register(device.clone(), facts.clone()).await?;
-        let Some(committed) = load(db, device).await? else {
-            return Ok(Arc::new(unknown()));
+        let (device, facts) = (device.clone(), facts.clone());
+        ingest.register(device.clone(), facts, epoch).await?;
+        let Some(committed) = load(db, &device).await? else {
+            return Ok(Registration::Done(Arc::new(unknown())));
         };
+        if committed.is_overtaken(epoch) {
+            return Ok(overtaken(&committed));
+        }
         state = committed;
     }
-    Ok(Arc::new(Desired::of_state(&state, now)))
+    let desired = Arc::new(Desired::of_state(&state, now));
+    Ok(Registration::Done(desired))
 }
 
 /// What the device should do now; None for an unknown device.

@@ -39,6 +39,21 @@ impl DeviceState {
         self.joins = Joins::Any;
     }
 
+    /// True where a newer session of the device has said where it stands: what one of `epoch` says is over.
+    pub(crate) fn is_overtaken(&self, epoch: u64) -> bool {
+        self.record.session_epoch > epoch
+    }
+
+    /// As [`Self::register`], by the session of `epoch` and to be saved: of an overtaken one nothing is taken in.
+    pub(crate) fn take_in(&mut self, facts: &Facts, epoch: u64, now: Timestamp) {
+        if self.is_overtaken(epoch) {
+            return;
+        }
+        self.register(facts, now);
+        self.record.session_epoch = epoch;
+        self.facts_changed = true;
+    }
+
     /// A claim other than the record grants nothing: HOLD, and an event when it begins.
     fn compare_claim(&mut self, facts: &Facts, now: Timestamp) {
         let record = &self.record;

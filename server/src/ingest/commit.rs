@@ -141,7 +141,8 @@ async fn commit_once(db: &Db, sessions: &Sessions, group: &[Item]) -> Result<(),
                 generation,
                 ..
             } => state.heard(rollout, *generation, now),
-            Item::Register { facts, .. } => state.register(facts, now),
+            Item::Register { done, .. } if done.is_closed() => {}
+            Item::Register { facts, epoch, .. } => state.take_in(facts, *epoch, now),
         }
     }
     join::join(db, &mut tx, &mut states).await?;
@@ -229,13 +230,19 @@ pub(crate) mod testing {
         .await
     }
 
-    pub(crate) async fn register(db: &Db, device: &DeviceId, facts: Facts) -> Result<(), DbError> {
-        let (done, _) = oneshot::channel();
+    pub(crate) async fn register(
+        db: &Db,
+        device: &DeviceId,
+        facts: Facts,
+        epoch: u64,
+    ) -> Result<(), DbError> {
+        let (done, _waits) = oneshot::channel();
         commit_once(
             db,
             &[Item::Register {
                 device: device.clone(),
                 facts: Box::new(facts),
+                epoch,
                 done,
             }],
         )

@@ -169,8 +169,14 @@ impl Ingest {
         }
     }
 
-    /// Commits what a connecting device says of itself.
-    pub(crate) async fn register(&self, device: DeviceId, facts: Facts) -> Result<(), DbError> {
+    /// Commits what a device says of itself in its session of `epoch`. Given up, it is not committed later: the device may have
+    /// registered elsewhere by then.
+    pub(crate) async fn register(
+        &self,
+        device: DeviceId,
+        facts: Facts,
+        epoch: u64,
+    ) -> Result<(), DbError> {
         const REGISTER: &str = "register a device";
         let overloaded = || DbError::Overloaded {
             operation: REGISTER,
@@ -179,6 +185,7 @@ impl Ingest {
         let item = Item::Register {
             device,
             facts: Box::new(facts),
+            epoch,
             done,
         };
         self.inner.queue.push(item).map_err(|Full| overloaded())?;

@@ -234,7 +234,7 @@ impl World {
         if lies {
             said.hw_rev = 99;
         }
-        testing::register(&self.bench.db, &id(DEVICES[device]), said)
+        testing::register(&self.bench.db, &id(DEVICES[device]), said, 0)
             .await
             .unwrap();
     }

@@ -27,6 +27,9 @@ pub(super) enum Item {
     Register {
         device: DeviceId,
         facts: Box<Facts>,
+        /// Of the session.
+        epoch: u64,
+        /// Closed: nobody waits for it any more.
         done: oneshot::Sender<Result<(), DbError>>,
     },
 }

@@ -7,7 +7,7 @@ use crate::db::testing::{
     Bench, accepted, downloading, facts, file_ack, id, on_postgres_too, reached, report, running,
     sink,
 };
-use crate::desired;
+use crate::desired::{self, Registration};
 use crate::rollout::RolloutState;
 
 on_postgres_too!(
@@ -18,6 +18,8 @@ on_postgres_too!(
     what_a_device_claims_of_its_bytes_stays_within_the_image,
     the_acknowledgement_of_a_finished_download_tells_of_a_newer_generation,
     what_is_queued_when_the_server_stops_is_committed,
+    what_an_older_session_said_is_not_committed_over_a_newer_one,
+    a_registration_that_nobody_waits_for_is_not_committed,
     one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_acknowledged,
     ten_thousand_reports_take_few_commits,
 );
@@ -97,9 +99,12 @@ async fn an_update_is_followed_from_notice_to_success() {
     bench.add_all(&["a", "b"]).await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
-    let desired = desired::register(&ingest, &facts("1.0.0"), &id("a"))
+    let registered = desired::register(&ingest, &facts("1.0.0"), &id("a"), 1)
         .await
         .unwrap();
+    let Registration::Done(desired) = registered else {
+        panic!("{registered:?}");
+    };
     assert_eq!(
         (desired.generation, desired.action.as_str(), desired.attempt),
         (1, "INSTALL", 1)
@@ -167,7 +172,7 @@ async fn nothing_is_acknowledged_before_its_commit_and_everything_is_after() {
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
-    desired::register(&ingest, &facts("1.0.0"), &id("a"))
+    desired::register(&ingest, &facts("1.0.0"), &id("a"), 1)
         .await
         .unwrap();
     let ack = sink();
@@ -194,7 +199,7 @@ async fn duplicates_late_foreign_and_invented_reports_are_acknowledged_and_chang
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
     for name in ["a", "b"] {
-        desired::register(&ingest, &facts("1.0.0"), &id(name))
+        desired::register(&ingest, &facts("1.0.0"), &id(name), 1)
             .await
             .unwrap();
     }
@@ -288,7 +293,7 @@ async fn what_a_device_claims_of_its_bytes_stays_within_the_image() {
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
-    desired::register(&ingest, &facts("1.0.0"), &id("a"))
+    desired::register(&ingest, &facts("1.0.0"), &id("a"), 1)
         .await
         .unwrap();
     let ack = sink();
@@ -318,7 +323,7 @@ async fn the_acknowledgement_of_a_finished_download_tells_of_a_newer_generation(
     bench.add("a").await;
     let (release, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
-    desired::register(&ingest, &facts("1.0.0"), &id("a"))
+    desired::register(&ingest, &facts("1.0.0"), &id("a"), 1)
         .await
         .unwrap();
     let ack = sink();
@@ -350,7 +355,7 @@ async fn what_is_queued_when_the_server_stops_is_committed() {
     bench.add("a").await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
-    desired::register(&ingest, &facts("1.0.0"), &id("a"))
+    desired::register(&ingest, &facts("1.0.0"), &id("a"), 1)
         .await
         .unwrap();
     let ack = sink();
@@ -363,13 +368,76 @@ async fn what_is_queued_when_the_server_stops_is_committed() {
 }
 
 #[tokio::test]
+async fn what_an_older_session_said_is_not_committed_over_a_newer_one() {
+    let bench = Bench::new().await;
+    bench.add("a").await;
+    let commit = testing::register;
+    let running = async || {
+        bench
+            .db
+            .device(&id("a"))
+            .await
+            .unwrap()
+            .unwrap()
+            .current
+            .version
+    };
+    commit(&bench.db, &id("a"), facts("1.0.0"), 5)
+        .await
+        .unwrap();
+    // The device has moved; then the node that it left gets its line back.
+    commit(&bench.db, &id("a"), facts("1.1.0"), 9)
+        .await
+        .unwrap();
+    commit(&bench.db, &id("a"), facts("1.0.0"), 8)
+        .await
+        .unwrap();
+    assert_eq!(running().await, "1.1.0");
+    let (ingest, stop) = start(&bench);
+    let late = desired::register(&ingest, &facts("1.0.0"), &id("a"), 8).await;
+    assert!(
+        matches!(late, Ok(Registration::Overtaken { by: 9 })),
+        "{late:?}"
+    );
+    assert_eq!(running().await, "1.1.0");
+    let newer = desired::register(&ingest, &facts("1.0.0"), &id("a"), 10).await;
+    assert!(matches!(newer, Ok(Registration::Done(_))), "{newer:?}");
+    assert_eq!(running().await, "1.0.0");
+    stop.cancel();
+    ingest.stopped().await;
+}
+
+#[tokio::test]
+async fn a_registration_that_nobody_waits_for_is_not_committed() {
+    let mut bench = Bench::new().await;
+    bench.add("a").await;
+    let (_, rollout) = bench.roll_out("1.1.0").await;
+    bench.register("a", facts("1.0.0")).await;
+    let (ingest, stop) = start(&bench);
+    let slow = bench.db.begin().await.unwrap();
+    let given_up = ingest.register(id("a"), facts("0.9.0"), 1);
+    tokio::time::timeout(Duration::from_millis(100), given_up)
+        .await
+        .unwrap_err();
+    drop(slow);
+    let ack = sink();
+    ingest.submit(report("a", 1, 1, accepted()), &ack).unwrap();
+    acked(&ack, 1).await;
+    let record = bench.db.device(&id("a")).await.unwrap().unwrap();
+    assert_eq!(record.current.version, "1.0.0");
+    assert_eq!(bench.phase(&rollout, "a").await, Some(Phase::Accepted));
+    stop.cancel();
+    ingest.stopped().await;
+}
+
+#[tokio::test]
 async fn one_report_that_cannot_be_stored_holds_nobody_else_up_and_is_never_acknowledged() {
     let mut bench = Bench::new().await;
     bench.add_all(&["a", "b", "c"]).await;
     let (_, rollout) = bench.roll_out("1.1.0").await;
     let (ingest, stop) = start(&bench);
     for name in ["a", "b", "c"] {
-        desired::register(&ingest, &facts("1.0.0"), &id(name))
+        desired::register(&ingest, &facts("1.0.0"), &id(name), 1)
             .await
             .unwrap();
     }
