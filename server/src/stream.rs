@@ -14,6 +14,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tonic::{Status, Streaming};
+use tracing::{Instrument as _, Span};
 
 use crate::{
     access::Access,
@@ -72,7 +73,8 @@ pub async fn run(
     mut inbound: Streaming<ClientMessage>,
     out: Out,
 ) {
-    let end = match serve(&context, &device, &caller, &mut inbound, &out).await {
+    let mut update = Span::none();
+    let end = match serve(&context, &device, &caller, &mut inbound, &out, &mut update).await {
         Err(end) => end,
         Ok(never) => match never {},
     };
@@ -83,14 +85,23 @@ pub async fn run(
         End::Told(_) => "told",
     };
     metrics::counter!(m::STREAMS_ENDED, "reason" => reason).increment(1);
-    match end {
-        End::Left => tracing::debug!("The device closed its stream."),
-        End::Stalled => tracing::info!("A stream was ended: the device read nothing for 30 s."),
+    let told = update.in_scope(|| match end {
+        End::Left => {
+            tracing::debug!("The device closed its stream.");
+            None
+        }
+        End::Stalled => {
+            tracing::info!("A stream was ended: the device read nothing for 30 s.");
+            None
+        }
         End::Told(status) => {
             tracing::info!(code = ?status.code(), reason = status.message(), "A stream was ended.");
-            // A peer that does not read must not hold this task.
-            let _ = timeout(limits::WRITE_STALL, out.send(Err(status))).await;
+            Some(status)
         }
+    });
+    if let Some(status) = told {
+        // A peer that does not read must not hold this task.
+        let _ = timeout(limits::WRITE_STALL, out.send(Err(status))).await;
     }
 }
 
@@ -100,6 +111,7 @@ async fn serve(
     caller: &Caller,
     inbound: &mut Streaming<ClientMessage>,
     out: &Out,
+    update: &mut Span,
 ) -> Result<std::convert::Infallible, End> {
     let hello = wire::hello(first_message(inbound).await?, device)?;
     let record = context.access.check_device(device, &caller.peer).await;
@@ -133,6 +145,7 @@ async fn serve(
         generation = desired.generation,
         "A device registered."
     );
+    *update = update_span(&desired);
     let mut stream = Stream {
         context,
         device,
@@ -148,6 +161,7 @@ async fn serve(
         desired: Arc::clone(&desired),
         mirrors_failed: Vec::new(),
         heard: Instant::now(),
+        update,
     };
     stream.welcome(&hello.facts, desired).await?;
     caller.arrival.over();
@@ -200,6 +214,18 @@ struct Stream<'a> {
     /// Mirrors that the device has left, with why, as far as they were noted.
     mirrors_failed: Vec<String>,
     heard: Instant,
+    /// Of `desired`: what happens to it is logged with its rollout.
+    update: &'a mut Span,
+}
+
+/// Of the update that a device was told of; none where it has nothing to do.
+fn update_span(desired: &Desired) -> Span {
+    match &desired.rollout_id {
+        Some(rollout) => {
+            tracing::info_span!("update", rollout.id = %rollout, generation = desired.generation)
+        }
+        None => Span::none(),
+    }
 }
 
 impl Stream<'_> {
@@ -250,7 +276,8 @@ impl Stream<'_> {
                 message = inbound.message() => {
                     let message = message.map_err(refusal_of)?.ok_or(End::Left)?;
                     self.heard = Instant::now();
-                    self.handle(message).await?;
+                    let update = self.update.clone();
+                    self.handle(message).instrument(update).await?;
                 }
                 Some(message) = self.session.control.recv() => self.send_message(message).await?,
                 Ok(()) = self.session.desired.changed() => {
@@ -484,13 +511,15 @@ impl Stream<'_> {
         let mirrors = self.mirrors_of(desired.release.as_deref()).await;
         let notice = desired::notice(desired, nonce, mirrors);
         self.send(ToDevice::FileNotice(notice)).await?;
+        *self.update = update_span(desired);
         self.desired = Arc::clone(desired);
         (self.sent_generation, self.sent_at) = (desired.generation, Instant::now());
         metrics::counter!(m::NOTICES, "action" => desired.action.as_str()).increment(1);
         if let (DesiredAction::Install | DesiredAction::Rollback, Some(rollout)) =
             (desired.action, desired.rollout_id)
         {
-            tracing::info!(rollout.id = %rollout, generation = desired.generation, "A notice was sent.");
+            self.update
+                .in_scope(|| tracing::info!("A notice was sent."));
             self.context
                 .ingest
                 .offered(self.device.clone(), rollout, desired.generation);

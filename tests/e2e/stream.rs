@@ -135,6 +135,31 @@ async fn a_stream_is_registered_once() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_logged_of_a_stream_names_its_device_rollout_and_generation() {
+    let mut site = Site::started();
+    site.add_device("dev-1");
+    let (mut stream, _) = Stream::register(site.connect("dev-1").await, "dev-1")
+        .await
+        .unwrap();
+    // While it is connected: registered before there was anything to do.
+    offer(&site, "dev-1").await;
+    let told = notice(&mut stream).await;
+    let sent = site.server().line_with("A notice was sent");
+    stream.say(reconnect("dev-1", "x", &facts())).await;
+    stream.end().await;
+    let ended = site.server().line_with("A stream was ended");
+    for line in [sent, ended] {
+        for field in [
+            "device.id=dev-1".to_owned(),
+            format!("rollout.id={}", told.rollout_id),
+            format!("generation={}", told.generation),
+        ] {
+            assert!(line.contains(&field), "{field} is not in {line}");
+        }
+    }
+}
+
 // ---- Sessions ----
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

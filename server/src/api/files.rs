@@ -17,6 +17,7 @@ use prost::Message as _;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tracing::Instrument as _;
 
 use crate::{
     access::Access,
@@ -115,19 +116,23 @@ impl Downloads {
                 mapped.len()
             ))
         })?;
-        tracing::debug!(device.id = %device, file = %id, offset = wanted.offset, "A download began.");
+        let span = tracing::info_span!("download", device.id = %device, file = %id);
+        span.in_scope(|| tracing::debug!(offset = wanted.offset, "A download began."));
         let progress = Arc::new(AtomicU64::new(0));
         let ended = CancellationToken::new();
-        tokio::spawn(watch(
-            progress.clone(),
-            ended.clone(),
-            caller.hang_up.clone(),
-            device,
-            Served {
-                id,
-                file: mapped.clone(),
-            },
-        ));
+        tokio::spawn(
+            watch(
+                progress.clone(),
+                ended.clone(),
+                caller.hang_up.clone(),
+                device,
+                Served {
+                    id,
+                    file: mapped.clone(),
+                },
+            )
+            .instrument(span),
+        );
         let body = DownloadBody::new(mapped, range, progress, slot, ended.drop_guard());
         Response::builder()
             .header("content-type", "application/grpc")

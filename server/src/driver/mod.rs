@@ -15,6 +15,7 @@ use fwpush_keys::{
     time::Timestamp,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument as _;
 
 use crate::{
     db::{
@@ -143,7 +144,8 @@ async fn drive_one(
     pass: &mut Pass,
 ) -> Result<(), DbError> {
     for _ in 0..limits::DRIVER_STEPS {
-        match step(db, holder, rollout).await {
+        let span = tracing::info_span!("step", rollout.id = %rollout);
+        match step(db, holder, rollout).instrument(span).await {
             Ok(Step::Done) => {}
             Ok(Step::Idle { wake_at }) => {
                 pass.wake_at = [pass.wake_at, wake_at].into_iter().flatten().min();

@@ -94,9 +94,10 @@ impl Admin {
 macro_rules! call {
     ($self:ident, $request:ident, $method:literal, $work:path) => {{
         let (operator, request) = $self.enter($method, $request)?;
-        let admin = $self.clone();
+        let (admin, by) = ($self.clone(), operator.clone());
         let work = async move { $work(&admin, &operator, request).await };
-        let done = tokio::spawn(work.in_current_span()).await;
+        let span = tracing::info_span!("call", operator.id = %by, method = $method);
+        let done = tokio::spawn(work.instrument(span)).await;
         let failed = |_| Status::internal("the call failed; the server's log says why");
         done.map_err(failed)?.map(Response::new)
     }};
