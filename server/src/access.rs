@@ -10,7 +10,7 @@ use fwpush_keys::{
     DeviceId, Role,
     tls::{Bar, Peer},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
     budget::{Ask, Budgets},
@@ -52,9 +52,20 @@ struct State {
 
 #[derive(Debug)]
 struct Connection {
-    hang_up: CancellationToken,
+    ends: Ends,
     /// Of its certificate.
     fingerprint: String,
+}
+
+/// How a connection is told to end, and how it tells that it has.
+#[derive(Clone, Debug, Default)]
+pub struct Ends {
+    /// Nothing new is begun on it: it ends with the calls that are under way.
+    pub leave: CancellationToken,
+    /// It is cut, with everything on it.
+    pub hang_up: CancellationToken,
+    /// It is not there any more.
+    over: CancellationToken,
 }
 
 impl Access {
@@ -92,28 +103,24 @@ impl Access {
     }
 
     /// Registers a connection of `device` until the guard goes. Of more than [`limits::CONNECTIONS_PER_DEVICE`] the oldest ends.
-    pub fn enter(&self, device: &DeviceId, peer: &Peer, hang_up: CancellationToken) -> Entered {
+    pub fn enter(&self, device: &DeviceId, peer: &Peer, ends: Ends) -> Entered {
         let mut state = self.state();
         state.next += 1;
         let number = state.next;
         let own = state.live.entry(device.clone()).or_default();
         let fingerprint = hex::encode(peer.fingerprint);
-        own.insert(
-            number,
-            Connection {
-                hang_up,
-                fingerprint,
-            },
-        );
+        let over = ends.over.clone().drop_guard();
+        own.insert(number, Connection { ends, fingerprint });
         if own.len() > limits::CONNECTIONS_PER_DEVICE
             && let Some((_, oldest)) = own.pop_first()
         {
-            oldest.hang_up.cancel();
+            oldest.ends.hang_up.cancel();
         }
         Entered {
             access: self.clone(),
             device: device.clone(),
             number,
+            _over: over,
         }
     }
 
@@ -166,6 +173,23 @@ impl Access {
         self.state().blocked.remove(device);
     }
 
+    /// Asks the device's connections to end with what is under way on them; returns when those have ended, which may be never.
+    pub async fn see_off(&self, device: &DeviceId) {
+        let leaving: Vec<Ends> = match self.state().live.get(device) {
+            Some(connections) => connections
+                .values()
+                .map(|connection| connection.ends.clone())
+                .collect(),
+            None => Vec::new(),
+        };
+        for ends in &leaving {
+            ends.leave.cancel();
+        }
+        for ends in leaving {
+            ends.over.cancelled().await;
+        }
+    }
+
     /// Ends every connection of the device, streams and downloads with it.
     pub fn hang_up(&self, device: &DeviceId) {
         self.hang_up_if(device, |_| true);
@@ -181,7 +205,7 @@ impl Access {
             connections
                 .values()
                 .filter(|connection| ends(&connection.fingerprint))
-                .for_each(|connection| connection.hang_up.cancel());
+                .for_each(|connection| connection.ends.hang_up.cancel());
         }
     }
 
@@ -207,6 +231,8 @@ pub struct Entered {
     access: Access,
     device: DeviceId,
     number: u64,
+    /// Tells those who wait for its end.
+    _over: DropGuard,
 }
 
 impl Drop for Entered {

@@ -7,7 +7,10 @@ use fwpush_keys::{
     pki::{Ca, PkiError},
     tls,
 };
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    time::timeout,
+};
 
 use crate::{
     access::Access,
@@ -17,9 +20,9 @@ use crate::{
     session::{Closing, Sessions},
 };
 
-/// A stream that is told why it ends has this long to pass the words on before its connection is cut. A block takes
-/// effect within 1 s; the rest is for a slow machine.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+/// A device whose streams are told why they end has this long to read it and leave; then its connections are cut. A block takes
+/// effect within 1 s, of which its commit and the look-ups around it have 300 ms.
+const LAST_WORDS: Duration = Duration::from_millis(700);
 
 /// Why a device operation is refused; the words go to the operator.
 #[derive(Debug, thiserror::Error)]
@@ -257,10 +260,14 @@ impl Devices {
         Ok(())
     }
 
-    /// Tells the device's stream that it is over, and cuts its connections a moment later.
+    /// Tells the device's stream that it is over, and has its connections end with it; those that have not after [`LAST_WORDS`] are
+    /// cut, with the downloads on them.
     pub(crate) async fn end_streams(&self, device: &DeviceId) {
-        self.inner.sessions.close(device, Closing::Refused);
-        tokio::time::sleep(LAST_WORDS).await;
-        self.inner.access.hang_up(device);
+        let Inner {
+            sessions, access, ..
+        } = &*self.inner;
+        sessions.close(device, Closing::Refused);
+        let _ = timeout(LAST_WORDS, access.see_off(device)).await;
+        access.hang_up(device);
     }
 }

@@ -48,7 +48,7 @@ use self::{
     proxy::{HeaderError, Sender},
 };
 use crate::{
-    access::{self, Access},
+    access::{self, Access, Ends},
     limits, metrics as m,
 };
 
@@ -210,7 +210,7 @@ async fn connection(
         return Err(Refused::NotHttp2);
     }
     let peer = tls::peer_of(io.get_ref().1.peer_certificates().unwrap_or_default())?;
-    let hang_up = CancellationToken::new();
+    let ends = Ends::default();
     // Registered before it is looked up: a block that comes in between finds the connection.
     let _entered = match peer.identity.role {
         Role::Device => {
@@ -219,11 +219,11 @@ async fn connection(
                 .id
                 .parse()
                 .map_err(fwpush_keys::IdentityError::from)?;
-            let entered = listener.access.enter(&device, &peer, hang_up.clone());
+            let entered = listener.access.enter(&device, &peer, ends.clone());
             let checked = tokio::select! {
                 checked = listener.access.check_device(&device, &peer) => checked,
                 // However slow the database is.
-                () = hang_up.cancelled() => return Ok(()),
+                () = ends.hang_up.cancelled() => return Ok(()),
                 () = stop.kill.cancelled() => return Err(Refused::Stopping),
             };
             if let Err(refused) = checked {
@@ -243,10 +243,10 @@ async fn connection(
     let caller = Caller {
         peer: Arc::new(peer),
         address: *address,
-        hang_up,
+        hang_up: ends.hang_up.clone(),
         arrival,
     };
-    serve_http(io, listener, caller, stop).await;
+    serve_http(io, listener, caller, &ends, stop).await;
     gauge.decrement(1.0);
     Ok(())
 }
@@ -352,14 +352,19 @@ fn http_builder() -> http2::Builder<TokioExecutor> {
 }
 
 /// Serves requests until the peer leaves, the caller is hung up on, or the server has drained.
-async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Caller, stop: &Stop) {
+async fn serve_http(
+    io: TlsStream<TcpStream>,
+    listener: &Listener,
+    caller: Caller,
+    ends: &Ends,
+    stop: &Stop,
+) {
     let devices = listener.name == "devices";
     let mut builder = http_builder();
     builder
         // A device's own messages are small; uploads come over the operators' listener.
         .initial_stream_window_size(if devices { 128 << 10 } else { 4 << 20 })
         .initial_connection_window_size(if devices { 256 << 10 } else { 8 << 20 });
-    let hang_up = caller.hang_up.clone();
     let (address, arrival) = (caller.address, caller.arrival.clone());
     let mut certificate_ends = pin!(tokio::time::sleep(
         caller.peer.not_after.since(Timestamp::now())
@@ -381,6 +386,8 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
     let mut patience = pin!(tokio::time::sleep(limits::FIRST_REQUEST));
     loop {
         tokio::select! {
+            // What there is for the peer leaves before its connection is cut.
+            biased;
             ended = served.as_mut() => {
                 if let Err(error) = ended {
                     tracing::debug!(peer = %address, %error, "A connection broke.");
@@ -399,13 +406,20 @@ async fn serve_http(io: TlsStream<TcpStream>, listener: &Listener, caller: Calle
                 tracing::info!(peer = %address, "A connection was closed: its certificate has expired.");
                 break;
             }
-            () = hang_up.cancelled() => break,
+            () = ends.hang_up.cancelled() => break,
             () = stop.kill.cancelled() => break,
-            () = stop.goaway.cancelled(), if !draining => {
+            () = either(&stop.goaway, &ends.leave), if !draining => {
                 draining = true;
                 served.as_mut().graceful_shutdown();
             }
         }
+    }
+}
+
+async fn either(one: &CancellationToken, other: &CancellationToken) {
+    tokio::select! {
+        () = one.cancelled() => {}
+        () = other.cancelled() => {}
     }
 }
 

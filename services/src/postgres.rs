@@ -136,6 +136,11 @@ impl Postgres {
         run(self.pg_ctl(&["stop", "-m", "immediate"])).map(drop)
     }
 
+    /// As when an administrator stops it: every connection is ended, and nothing is left to recover.
+    pub fn stop(&self) -> Result<(), Error> {
+        run(self.pg_ctl(&["stop", "-m", "fast"])).map(drop)
+    }
+
     /// Starts it again.
     pub fn resume(&self) -> Result<(), Error> {
         let options = format!(

@@ -11,8 +11,14 @@ mod streams;
 use std::path::PathBuf;
 
 use device_sim::{Fleet, FleetConfig};
+use fwpush_proto::v1::{
+    Heartbeat, client_message::Kind as FromDevice, server_message::Kind as ToDevice,
+};
+use fwpush_services::RedisOptions;
 use fwpush_tests::{
+    client::Stream,
     cluster::{Cluster, Node},
+    site::bear_silence,
     wait::until,
 };
 
@@ -20,6 +26,11 @@ use crate::fleet::{all_online, fleet, reached};
 
 /// Room for what a comparison with the database takes on a loaded machine.
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(240);
+
+/// A cluster for devices by hand, which say nothing while something slow happens.
+async fn patient_cluster(count: usize) -> Option<Cluster> {
+    Cluster::start_with(count, &RedisOptions::default(), bear_silence).await
+}
 
 /// A fleet in this process, spread over all nodes and online.
 async fn spread(
@@ -34,6 +45,17 @@ async fn spread(
     });
     all_online(&fleet).await;
     fleet
+}
+
+/// The device was told nothing until now: the answer to its heartbeat is the next that it hears.
+async fn nothing_but_an_answer(stream: &mut Stream, id: &str) {
+    let beat = Heartbeat {
+        client_id: id.to_owned(),
+        timestamp: 1,
+    };
+    stream.say(FromDevice::Heartbeat(beat)).await;
+    let heard = stream.next().await.unwrap();
+    assert!(matches!(heard, ToDevice::HeartbeatAck(_)), "{heard:?}");
 }
 
 /// Begins to release an image of `bytes` to every device.

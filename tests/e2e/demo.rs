@@ -58,7 +58,20 @@ fn skipped(words: &str) -> bool {
 #[track_caller]
 fn figures(done: &Finished) -> Value {
     let last = done.stdout.lines().last().expect("a last line");
-    let value: Value = serde_json::from_str(last).unwrap();
+    promised(serde_json::from_str(last).unwrap())
+}
+
+/// The same of a cluster, and what is told of the node that was killed.
+#[track_caller]
+fn figures_of_cluster(done: &Finished) -> (Value, Value) {
+    let last = done.stdout.lines().last().expect("a last line");
+    let mut value: Value = serde_json::from_str(last).unwrap();
+    let killed = value.as_object_mut().unwrap().remove("node_killed");
+    (promised(value), killed.expect("a node was killed"))
+}
+
+#[track_caller]
+fn promised(value: Value) -> Value {
     let keys = |value: &Value| {
         let mut keys: Vec<String> = value.as_object().unwrap().keys().cloned().collect();
         keys.sort();
@@ -139,7 +152,7 @@ fn a_cluster_loses_a_node_in_mid_rollout_and_the_fleet_updates_all_the_same() {
         return;
     }
     let done = done.ok();
-    let value = figures(&done);
+    let (value, lost) = figures_of_cluster(&done);
     assert_eq!(
         (&value["devices"], &value["succeeded"], &value["failed"]),
         (&12.into(), &12.into(), &0.into())
@@ -156,6 +169,14 @@ fn a_cluster_loses_a_node_in_mid_rollout_and_the_fleet_updates_all_the_same() {
     let devices: u64 = rest.split_once(' ').unwrap().0.parse().unwrap();
     assert!((1..=12).contains(&devices), "{killed}");
     assert_eq!(fact("went elsewhere:"), format!("{devices} of {devices}"));
+    assert_eq!(lost["node"], node);
+    assert_eq!(
+        (&lost["devices"], &lost["moved"]),
+        (&devices.into(), &devices.into())
+    );
+    let unfinished = lost["unfinished"].as_u64().unwrap();
+    assert!((1..=12).contains(&unfinished), "not in mid-rollout: {lost}");
+    assert_eq!(fact("unfinished then:"), format!("{unfinished} of 12"));
     let offline = fact("longest offline:").split_once(' ').unwrap().0;
     assert!(offline.parse::<f64>().unwrap() > 0.0, "{offline}");
     assert!(fact("rolled back:").starts_with("12 of 12"), "{done:?}");

@@ -54,6 +54,11 @@ impl Scene {
         }
     }
 
+    /// A connection on which nothing is asked for 10 s is closed, and a busy machine takes its time to publish.
+    async fn connect_anew(&mut self) {
+        self.channel = self.site.connect("dev-1").await;
+    }
+
     fn request(&self) -> FileRequest {
         FileRequest {
             file_id: self.release.file_id.clone(),
@@ -249,6 +254,7 @@ async fn only_files_of_unrevoked_releases_of_the_devices_own_product_are_given()
 
     let meter = scene.site.image("meter.img", 50_000, 4);
     let other = scene.site.publish(&meter, "meter", "1.0.0");
+    scene.connect_anew().await;
     let (code, words) = scene
         .refusal(FileRequest {
             file_id: other.file_id,
@@ -556,6 +562,7 @@ async fn a_reader_of_a_byte_a_second_holds_up_nobody() {
         wire.send(&calls).await.unwrap();
         readers.push(wire);
     }
+    scene.connect_anew().await;
     let (mut stream, _) = Stream::register(scene.channel.clone(), "dev-1")
         .await
         .unwrap();
@@ -634,8 +641,7 @@ async fn a_stored_file_that_is_cut_short_ends_its_downloads_and_not_the_server()
     let mut scene = Scene::new(32 << 20).await;
     let other = scene.site.image("other.img", 3 << 20, 12);
     let other_id = scene.site.publish(&other, PRODUCT, "1.2.0").file_id;
-    // A connection on which nothing is asked for 10 s is closed, and a busy machine takes its time to publish.
-    scene.channel = scene.site.connect("dev-1").await;
+    scene.connect_anew().await;
     let mut client = FileServiceClient::new(scene.channel.clone());
     let request = scene.request();
     let mut pulled = client.download_file(request).await.unwrap().into_inner();

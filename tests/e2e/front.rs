@@ -9,7 +9,7 @@ use fwpush_tests::{
     http2::connect_from,
     node::Node,
     postgres::postgres,
-    site::Site,
+    site::{Site, bear_silence},
     wait::{LONG, until},
 };
 use rustix::process::Signal;
@@ -33,6 +33,7 @@ const REFUSED: &str = "A connection was refused";
 fn site_behind(fronts: &[&str]) -> Site {
     let mut site = Site::new();
     list(&site, fronts);
+    site.edit_config(bear_silence);
     site.edit_config(|config| {
         let limits = config["limits"].as_table_mut().unwrap();
         limits.insert("handshakes_per_address".into(), 4.into());

@@ -430,6 +430,12 @@ pub fn authorities(pem: &str) -> Vec<rustls::pki_types::CertificateDer<'static>>
     certificates_from_pem(pem).unwrap()
 }
 
+/// Has a server bear three minutes of silence: for tests whose own streams say nothing while something slow happens.
+pub fn bear_silence(config: &mut toml::Table) {
+    let limits = config["limits"].as_table_mut().unwrap();
+    limits.insert("heartbeat_interval_s".into(), 60.into());
+}
+
 /// `[files]` for the images in this bucket; the secret key is in the file `secret`.
 pub fn in_bucket(s3: &S3, secret: &str) -> toml::Value {
     let text = |text: &str| toml::Value::from(text);

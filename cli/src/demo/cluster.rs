@@ -84,6 +84,8 @@ pub struct Loss {
     address: SocketAddr,
     /// Those that were connected to it.
     devices: Vec<DeviceId>,
+    /// Of the whole fleet, those whose update had not ended.
+    pub unfinished: u64,
 }
 
 impl Engines {
@@ -241,10 +243,12 @@ impl Cluster {
         if let Some(ended) = node.ended()? {
             return Err(node.failure(&format!("ended by itself: {ended}")));
         }
+        let progress = fleet.progress(release);
         node.process
             .kill()
             .doing(|| format!("kill {}", node.place.id))?;
         Ok(Some(Loss {
+            unfinished: progress.devices - progress.ended,
             node: node.place.id.clone(),
             address,
             devices,

@@ -170,7 +170,11 @@ async fn show(context: &Context, args: &DemoArgs) -> Result<Shown> {
         };
         results.rolled_back(update(context, &mut site.client, &model, &fleet, &bad).await?);
     }
-    let report = serde_json::to_value(&results.report).doing(|| "write the report".to_owned())?;
+    let mut report =
+        serde_json::to_value(&results.report).doing(|| "write the report".to_owned())?;
+    if let Some(lost) = &results.lost {
+        report["node_killed"] = lost.figures();
+    }
     let table = words::table(
         &results.report,
         results.faults.as_ref(),
@@ -316,13 +320,17 @@ async fn lose_a_node(
     };
     let time = step.time(fleet);
     let loss = cluster.lose_one(fleet, &step.version, time).await?;
-    if let Some(loss) = &loss {
-        context.out.say(&format!(
-            "Killed {}, which had {}.",
+    context.out.say(&match &loss {
+        Some(loss) => format!(
+            "Killed {}, which had {}. Unfinished in all: {}.",
             loss.node,
-            plural(loss.devices() as u64, "device")
-        ));
-    }
+            plural(loss.devices() as u64, "device"),
+            loss.unfinished
+        ),
+        None => {
+            "No node was killed: a third of the devices did not have the image in time.".to_owned()
+        }
+    });
     Ok(loss)
 }
 
@@ -429,6 +437,7 @@ impl Results {
             node: loss.node.clone(),
             devices: loss.devices(),
             moved: loss.devices() - stranded.len(),
+            unfinished: loss.unfinished,
             longest_offline: fleet.snapshot().longest_offline,
         });
         let why = format!("on no other node since {} was killed", loss.node);

@@ -4,6 +4,7 @@ use std::{env, net::SocketAddr, path::Path, time::Duration};
 
 use device_sim::{Counts, Percentiles, Report};
 use fwpush_keys::NodeId;
+use serde_json::{Value, json};
 
 use super::{BAD, FACTORY, GOOD};
 use crate::output::{Facts, bytes};
@@ -25,8 +26,23 @@ pub struct Lost {
     pub devices: usize,
     /// Those of them that are connected to others now.
     pub moved: usize,
+    /// Devices of the whole fleet whose update had not ended then.
+    pub unfinished: u64,
     /// The longest that any device was without a stream.
     pub longest_offline: Duration,
+}
+
+impl Lost {
+    /// As JSON.
+    pub fn figures(&self) -> Value {
+        json!({
+            "node": self.node.as_str(),
+            "devices": self.devices,
+            "moved": self.moved,
+            "unfinished": self.unfinished,
+            "longest_offline_ms": self.longest_offline.as_millis() as u64,
+        })
+    }
 }
 
 /// The figures as a table.
@@ -58,17 +74,16 @@ pub fn table(report: &Report, faults: Option<&Faults>, lost: Option<&Lost>) -> S
         .add("throughput", throughput(report));
     if let Some(Lost {
         node,
-        devices,
+        devices: on_it,
         moved,
+        unfinished,
         longest_offline,
     }) = lost
     {
         facts
-            .add(
-                "node killed",
-                format!("{node}, with {devices} devices on it"),
-            )
-            .add("went elsewhere", format!("{moved} of {devices}"))
+            .add("node killed", format!("{node}, with {on_it} devices on it"))
+            .add("unfinished then", format!("{unfinished} of {devices}"))
+            .add("went elsewhere", format!("{moved} of {on_it}"))
             .add(
                 "longest offline",
                 format!(
@@ -213,10 +228,11 @@ mod tests {
             node: "node-2".parse().unwrap(),
             devices: 33,
             moved: 32,
+            unfinished: 61,
             longest_offline: Duration::from_millis(1_234),
         };
         let text = table(&report(), None, Some(&lost));
-        for part in ["node-2, with 33 devices", "32 of 33", "1.23 s"] {
+        for part in ["node-2, with 33 devices", "61 of 100", "32 of 33", "1.23 s"] {
             assert!(text.contains(part), "{part:?} in {text}");
         }
     }

@@ -1,5 +1,7 @@
 //! Nodes that lose one another: a cut between one of them and Redis, a failover that forgets, a sleep, clocks that disagree.
 
+use std::net::SocketAddr;
+
 use fwpush_keys::NodeId;
 use fwpush_proto::v1::{
     PushOutcome, PushRequest, ServerMessage, TextMessage, node_service_client::NodeServiceClient,
@@ -15,7 +17,8 @@ use fwpush_tests::{
 use tonic::Code;
 
 use super::{
-    all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
+    all_as_expected, begin_release, nothing_but_an_answer, nothing_confirmed_is_missing,
+    patient_cluster, rollout_complete, spread,
 };
 
 /// Has a node reach Redis through a relay, from its next start on.
@@ -87,7 +90,7 @@ async fn a_node_that_alone_is_cut_off_from_redis_serves_its_devices_and_catches_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_that_forgets_the_last_sessions_is_made_good() {
-    let Some(mut cluster) = Cluster::start(2).await else {
+    let Some(mut cluster) = patient_cluster(2).await else {
         return;
     };
     let relay = Proxy::to(cluster.redis.address()).await;
@@ -126,7 +129,7 @@ async fn a_failover_that_forgets_the_last_sessions_is_made_good() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_cut_off_the_bus_before_a_node_read_it_is_found_by_comparing() {
-    let Some(mut cluster) = Cluster::start(2).await else {
+    let Some(mut cluster) = patient_cluster(2).await else {
         return;
     };
     for id in ["dev-1", "dev-2"] {
@@ -152,15 +155,15 @@ async fn what_was_cut_off_the_bus_before_a_node_read_it_is_found_by_comparing() 
         .cli(&["XTRIM", "fw:bus", "MAXLEN", "0"])
         .unwrap();
     cluster.nodes[1].thaw();
+    let mut end = std::pin::pin!(stream.end());
     let ended = loop {
-        // Beats keep the stream alive until then.
-        if let Err(status) = stream.beat("dev-1", 1).await {
-            break status;
+        tokio::select! {
+            ended = &mut end => break ended,
+            () = tokio::time::sleep(std::time::Duration::from_millis(500)) => {}
         }
         // However much the others have to say meanwhile.
         let said = ["XADD", "fw:bus", "*", "from", "another", "what", "rollouts"];
         cluster.redis.cli(&said).unwrap();
-        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     };
     assert_eq!(ended.code(), Code::PermissionDenied, "{ended:?}");
 }
@@ -223,20 +226,14 @@ async fn nodes_whose_clocks_are_five_minutes_apart_agree_on_everything() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_cannot_be_reached_is_named_and_an_older_one_is_understood() {
-    let Some(mut cluster) = Cluster::start(2).await else {
+    let Some(mut cluster) = patient_cluster(2).await else {
         return;
     };
     cluster.site.add_device("dev-1");
     let relay = Proxy::to(cluster.nodes[1].operators).await;
-    cluster.nodes[1].stop();
-    let address = relay.address.to_string();
-    cluster.nodes[1].edit_config(|config| {
-        let cluster = config["cluster"].as_table_mut().unwrap();
-        cluster.insert("advertise_addr".into(), address.into());
-    });
-    cluster.nodes[1].start();
+    advertise(&mut cluster.nodes[1], relay.address);
     cluster.all_joined().await;
-    let mut stream = on(&cluster, 1, "dev-1").await;
+    let stream = on(&cluster, 1, "dev-1").await;
     cluster
         .fwpush_at(0, &["device", "text", "dev-1", "over the relay"])
         .ok();
@@ -291,7 +288,6 @@ async fn a_node_that_cannot_be_reached_is_named_and_an_older_one_is_understood()
     let nobody = peer.push_to_client(request).await.unwrap().into_inner();
     assert_eq!(nobody.outcome(), PushOutcome::NotHere);
     // An agent of the release before does not know what a ping is: it was delivered, and that is all that can be said.
-    let beating = tokio::spawn(async move { while stream.beat("dev-1", 3).await.is_ok() {} });
     let asked = tokio::task::block_in_place(|| {
         cluster.fwpush_at(0, &["device", "ping", "dev-1", "--json"])
     });
@@ -304,5 +300,39 @@ async fn a_node_that_cannot_be_reached_is_named_and_an_older_one_is_understood()
         "{}",
         asked.stderr
     );
-    beating.abort();
+    drop(stream);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_answers_at_the_address_of_another_is_given_nothing_and_named() {
+    let Some(mut cluster) = patient_cluster(3).await else {
+        return;
+    };
+    cluster.site.add_device("dev-1");
+    let third = cluster.nodes[2].operators;
+    advertise(&mut cluster.nodes[1], third);
+    cluster.all_joined().await;
+    let mut stream = on(&cluster, 1, "dev-1").await;
+    for command in ["text", "ping"] {
+        let mut args = vec!["device", command, "dev-1"];
+        if command == "text" {
+            args.push("lost");
+        }
+        let lost = cluster.fwpush_at(0, &args);
+        assert_eq!(lost.code, 1, "{lost:?}");
+        for words in ["node node-2 holds the device", "is node node-3, not node-2"] {
+            assert!(lost.stderr.contains(words), "{}", lost.stderr);
+        }
+    }
+    nothing_but_an_answer(&mut stream, "dev-1").await;
+}
+
+/// Starts a node anew that tells others to reach it at `address`.
+fn advertise(node: &mut Node, address: SocketAddr) {
+    node.stop();
+    node.edit_config(|config| {
+        let cluster = config["cluster"].as_table_mut().unwrap();
+        cluster.insert("advertise_addr".into(), address.to_string().into());
+    });
+    node.start();
 }

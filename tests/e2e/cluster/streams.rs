@@ -5,7 +5,9 @@ use std::time::Duration;
 use fwpush_tests::{cluster::Cluster, wait::LONG};
 
 use super::{
-    all_as_expected, begin_release, nothing_confirmed_is_missing, rollout_complete, spread,
+    all_as_expected, begin_release,
+    database::{leases, note_leases, one_drives_at_a_time},
+    nothing_confirmed_is_missing, rollout_complete, spread,
 };
 use crate::fleet::{all_online, version};
 
@@ -71,6 +73,7 @@ async fn the_devices_of_a_killed_node_go_on_elsewhere_and_nothing_confirmed_is_l
         config.bandwidth = Some(200_000..=2_000_000);
     })
     .await;
+    note_leases(&cluster.postgres);
     begin_release(&cluster, "1.1.0", MIB);
     // The node that was released through, which drives the rollout, and then another.
     for (killed_at, node) in [(10, 0), (40, 1)] {
@@ -85,6 +88,11 @@ async fn the_devices_of_a_killed_node_go_on_elsewhere_and_nothing_confirmed_is_l
     all_online(&fleet).await;
     cluster.all_registered(90).await;
     rollout_complete(&cluster).await;
+    // Neither of the dead ones has ended it.
+    let drivers = leases(&cluster.postgres);
+    one_drives_at_a_time(&drivers);
+    let last = drivers.last().map(|lease| &*lease.node);
+    assert_eq!(last, Some("node-3"), "{drivers:?}");
     let status = cluster.nodes[2].status();
     let gone = status["nodes"]
         .as_array()

@@ -344,7 +344,8 @@ async fn an_upload_whose_line_died_unnoticed_goes_on_at_once_where_it_stopped() 
                 !standing.complete,
                 "all of it went through the clogged line"
             );
-            if standing.received > 2 << 20 {
+            // Every whole chunk of 256 KiB that went through; what TLS and HTTP/2 add to them is less than one, and more than nothing.
+            if standing.received + (256 << 10) >= size as u64 / 2 {
                 Ok(())
             } else {
                 Err(standing.received)

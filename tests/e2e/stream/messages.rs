@@ -12,7 +12,7 @@ use fwpush_proto::v1::{
 use fwpush_tests::{
     client::{Stream, download, facts},
     offline::Offline,
-    site::{PRODUCT, Site},
+    site::{PRODUCT, Site, bear_silence},
 };
 use rustix::process::Signal;
 use tonic::{Code, Status, transport::Channel};
@@ -132,7 +132,9 @@ async fn values_that_nobody_knows_are_refused_and_never_guessed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn presence_is_heard_only_where_an_operator_allowed_it() {
-    let site = Site::started();
+    let mut site = Site::new();
+    site.edit_config(bear_silence);
+    site.start();
     let mut admin = site.admin().await;
     for id in ["dev-1", "named", "all", "none", "other"] {
         site.add_device(id);
