@@ -31,7 +31,7 @@ needs=(
   "/usr/lib/u-boot/qemu_arm64/u-boot.bin u-boot-qemu the U-Boot example"
   "grub-editenv grub-common the GRUB example"
   "grub-emu grub-emu the GRUB example runs in it"
-  "script bsdutils gives GRUB a terminal"
+  "script bsdutils gives GRUB and the operator's commands a terminal"
   "rauc rauc the RAUC example"
   "dbus-daemon dbus-daemon the RAUC example has a bus of its own"
   "mksquashfs squashfs-tools bundles of the RAUC example"

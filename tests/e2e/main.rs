@@ -22,5 +22,6 @@ mod server_kills;
 mod storage_faults;
 mod stream;
 mod syscall_kills;
+mod terminal;
 mod tls;
 mod tour;
