@@ -8,7 +8,6 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -53,9 +52,6 @@ use crate::{
     stream::Context,
     trust::{LoadError, TrustDocs},
 };
-
-/// How often the devices whose `last_seen` is due are looked for: a device that left is soon seen to have been there.
-const SEEN_ROUND: Duration = Duration::from_secs(10);
 
 /// Why a server does not start; the words say what to look at.
 #[derive(Debug, thiserror::Error)]
@@ -258,6 +254,7 @@ impl Server {
             store.clone(),
             access.clone(),
             config.limits.downloads,
+            limits::DOWNLOAD_STALL,
         );
         let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, proxies, app| {
             Arc::new(Listener {
@@ -545,7 +542,7 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
 
 /// Tells the database now and then which devices live; a heartbeat is never a write.
 async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
-    let mut round = tokio::time::interval(SEEN_ROUND);
+    let mut round = tokio::time::interval(limits::SEEN_ROUND);
     // Of those that could not be written yet, the last.
     let mut due = HashMap::new();
     let mut stopping = false;
