@@ -17,6 +17,7 @@ mod limits;
 mod links;
 mod mirrors;
 mod operator;
+mod partial;
 mod postgres;
 mod server_kills;
 mod storage_faults;
