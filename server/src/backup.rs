@@ -19,10 +19,8 @@ use tokio::sync::mpsc;
 use crate::{
     db::{Db, DbError},
     files::LocalStore,
+    limits,
 };
-
-/// Bytes of one piece of the archive.
-const PIECE_BYTES: usize = 256 * 1024;
 
 /// How the names of the directories begin in which the database is copied.
 const WORKSHOP: &str = "backup-";
@@ -80,7 +78,7 @@ fn pack(
     images: Option<&LocalStore>,
     out: mpsc::Sender<Bytes>,
 ) -> io::Result<()> {
-    let pieces = io::BufWriter::with_capacity(PIECE_BYTES, Pieces(out));
+    let pieces = io::BufWriter::with_capacity(limits::BACKUP_PIECE_BYTES, Pieces(out));
     let mut archive = tar::Builder::new(pieces);
     let mut add = |name: PathBuf, path: &Path| archive.append_file(name, &mut File::open(path)?);
     add("fwpush.db".into(), database)?;

@@ -4,7 +4,7 @@
 //! day later is *doomed* in a transaction that looks once more whether a release names it; from then on it can be neither published
 //! nor uploaded. Then it leaves the store, then its row. Whatever is cut off, a later run ends it.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc};
 
 use fwpush_keys::{id::FileId, time::Timestamp};
 use tokio::{sync::Mutex, time::Instant};
@@ -180,7 +180,7 @@ impl Garbage {
         let began = Instant::now();
         while let [Doomed { file_id, size, .. }, rest @ ..] = *left {
             // Long before another node may take it over: a removal that comes late would hit a file that was uploaded since.
-            if began.elapsed() > DOOM_WORK {
+            if began.elapsed() > limits::DOOM_WORK {
                 break;
             }
             *left = rest;
@@ -206,9 +206,6 @@ impl Garbage {
     }
 }
 
-/// How long a node works on files that it doomed at once: a twelfth of [`limits::DOOM_LIFE`], with room for a call that hangs.
-const DOOM_WORK: Duration = Duration::from_secs(300);
-
 /// Ends what is to end, now and then: uploads that nobody goes on with, images that were marked a day ago, cached ones that are gone.
 pub async fn keep_house(garbage: Garbage, actor: String, stop: CancellationToken) {
     loop {
@@ -232,6 +229,8 @@ pub async fn keep_house(garbage: Garbage, actor: String, stop: CancellationToken
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::{
         db::{

@@ -27,6 +27,9 @@ pub const LINGER: Duration = Duration::from_secs(2);
 /// that, HTTP/2 pings tell whether anybody is there.
 pub const FIRST_REQUEST: Duration = Duration::from_secs(10);
 
+/// Connections to the listener of metrics and probes: scrapers need a few; more are refused.
+pub const METRICS_CONNECTIONS: usize = 64;
+
 /// Connections of one device; of more, the oldest is closed. A device has one, and for a while some that it has lost and we have
 /// not noticed; without a bound one stolen key could take every place there is.
 pub const CONNECTIONS_PER_DEVICE: usize = 8;
@@ -123,6 +126,9 @@ pub const ROOTS_PER_UPDATE: usize = 16;
 pub const HEARS: usize = 100;
 
 // ---- Downloads and uploads ----
+
+/// A FileRequest has under 120 bytes; the rest is room for fields to come.
+pub const FILE_REQUEST_BYTES: usize = 4 * 1024;
 
 /// Downloads at once on this node: each holds a mapped file and one chunk header, so memory is no concern; fairness is.
 pub const DOWNLOADS: usize = 4_096;
@@ -242,6 +248,9 @@ pub const FILES_DOOMED: u32 = 100;
 /// signed more than 15 min ago ("RequestTimeTooSkewed"), so that it cannot hit what was uploaded since.
 pub const DOOM_LIFE: Duration = Duration::from_secs(3_600);
 
+/// How long a node works on files that it doomed at once: a twelfth of [`DOOM_LIFE`], with room for a call that hangs.
+pub const DOOM_WORK: Duration = Duration::from_secs(300);
+
 /// Unused images told of in one answer: 200 bytes each.
 pub const FILES_LISTED: u32 = 5_000;
 
@@ -281,6 +290,13 @@ pub const WATCH_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Where other nodes commit too, it looks this often without being told.
 pub const WATCH_ELSEWHERE: Duration = Duration::from_secs(1);
+
+/// How much of a device's history is shown beside its record: a screen or two.
+pub const DEVICE_UPDATES_SHOWN: u32 = 20;
+pub const DEVICE_EVENTS_SHOWN: u32 = 50;
+
+/// Bytes of one piece of a backup's archive: a message of gRPC each, well below [`OPERATOR_MESSAGE_BYTES`].
+pub const BACKUP_PIECE_BYTES: usize = 256 * 1024;
 
 // ---- Engine (database, rollouts, ingestion) ----
 
@@ -434,6 +450,9 @@ pub const PREVIEW_GROUPS: usize = 1_000;
 
 /// `last_seen` of a connected device is written at most this often.
 pub const LAST_SEEN: Duration = Duration::from_secs(600);
+
+/// How often the devices whose `last_seen` is due are looked for: a device that left is soon seen to have been there.
+pub const SEEN_ROUND: Duration = Duration::from_secs(10);
 
 // ---- Cluster (Redis, other nodes) ----
 

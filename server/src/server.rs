@@ -8,7 +8,6 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -54,9 +53,6 @@ use crate::{
     trust::{LoadError, TrustDocs},
 };
 
-/// How often the devices whose `last_seen` is due are looked for: a device that left is soon seen to have been there.
-const SEEN_ROUND: Duration = Duration::from_secs(10);
-
 /// Why a server does not start; the words say what to look at.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -99,7 +95,8 @@ pub struct Server;
 /// A running server. Dropped, it goes on until the runtime ends; [`Running::drain_and_stop`] ends it in order.
 #[derive(Debug)]
 pub struct Running {
-    config: Config,
+    /// What it was started with: of most settings that is what is in use, whatever the file says since.
+    started: Config,
     addresses: Addresses,
     tls: TlsSlots,
     proxies: Arc<ArcSwap<Proxies>>,
@@ -253,6 +250,7 @@ impl Server {
             store.clone(),
             access.clone(),
             config.limits.downloads,
+            limits::DOWNLOAD_STALL,
         );
         let listener = |name, tls: &Arc<ArcSwap<rustls::ServerConfig>>, proxies, app| {
             Arc::new(Listener {
@@ -314,7 +312,7 @@ impl Server {
             "The server accepts connections."
         );
         Ok(Running {
-            config,
+            started: config,
             addresses,
             tls,
             proxies,
@@ -346,32 +344,33 @@ impl Running {
         &self.sessions
     }
 
-    /// Reads the configuration file and the certificates again. On an error everything stays as it was.
+    /// Reads the configuration file and the certificates again. On an error everything stays as it was; so it does when the file
+    /// now is that of another node or installation.
     ///
-    /// New handshakes see the new certificates, new connections the new fronts, new streams the new `[limits]`; other changes
-    /// need a restart.
+    /// New handshakes see the new certificates, new connections the new fronts, new streams the new heartbeat and spread. Other
+    /// changes need a restart: each reload names those that wait for one.
     pub fn reload(&mut self) -> Result<(), StartError> {
-        let config = Config::load(&self.config.path)?;
+        let started = &self.started;
+        let config = Config::load(&started.path)?;
+        config.check_same_node(started)?;
         let (devices, operators) = tls_configs(&config, self.access.bar())?;
+        let peers = peers_tls(&config)?;
+        let place = config.place()?;
+        if place == started.place()? {
+            self.db.reread_password(&place)?;
+        }
         self.tls.devices.store(Arc::new(devices));
         self.tls.operators.store(Arc::new(operators));
-        self.tls.peers.store(Arc::new(peers_tls(&config)?));
+        self.tls.peers.store(Arc::new(peers));
         self.proxies.store(Arc::new(config.listen.proxies.clone()));
         self.tunables.store(Arc::new(config.limits.clone()));
-        let moved = config.listen.devices != self.config.listen.devices
-            || config.listen.operators != self.config.listen.operators
-            || config.place()? != self.config.place()?
-            || config.files != self.config.files
-            || config.membership()? != self.config.membership()?;
-        if config.place()? == self.config.place()? {
-            self.db.reread_password(&config.place()?)?;
-        }
-        if moved {
+        let ignored = config.waiting_for_restart(started);
+        if !ignored.is_empty() {
             tracing::warn!(
-                "Addresses, database, files or cluster changed in the configuration: restart to use them."
+                settings = ignored.join(", "),
+                "Settings changed in the configuration that are read at the start only: restart to use them."
             );
         }
-        self.config = config;
         tracing::info!("Certificates and configuration were read again.");
         Ok(())
     }
@@ -539,7 +538,7 @@ pub fn lock_dir(dir: &Path) -> Result<File, StartError> {
 
 /// Tells the database now and then which devices live; a heartbeat is never a write.
 async fn flush_last_seen(db: Db, sessions: Sessions, stop: CancellationToken) {
-    let mut round = tokio::time::interval(SEEN_ROUND);
+    let mut round = tokio::time::interval(limits::SEEN_ROUND);
     // Of those that could not be written yet, the last.
     let mut due = HashMap::new();
     let mut stopping = false;

@@ -1,8 +1,8 @@
 //! Fleets: hundreds of simulated devices, released to with `fwpush release`, through a server that dies.
 
-use std::{process::Command, time::Duration};
+use std::{path::Path, process::Command, time::Duration};
 
-use device_sim::{Fleet, FleetConfig, Pki};
+use device_sim::{Ending, FaultShares, Faults, Fleet, FleetConfig, Pki};
 use fwpush_tests::{
     bins::bin,
     process::Process,
@@ -51,36 +51,15 @@ pub async fn all_online(fleet: &Fleet) {
 async fn three_hundred_devices_in_another_process_update_through_fwpush_release() {
     let site = Site::started();
     let pki = site.add_fleet("sim-", DEVICES);
-    let mut simulator = Command::new(bin("device-sim"));
-    simulator
-        .args([
-            "--server",
-            &site.devices.to_string(),
-            "--product",
-            PRODUCT,
-            "--hw",
-            HW,
-            "--pki",
-        ])
-        .arg(&pki);
-    simulator.args([
-        "--until",
-        "1.1.0",
-        "--timeout",
-        "110",
-        "--seed",
-        "7",
-        "--json",
-    ]);
-    simulator.args([
-        "--lost-link",
-        "0.1",
-        "--corrupt-group",
-        "0.05",
-        "--restart",
-        "0.05",
-    ]);
-    let mut simulator = Process::spawn(simulator);
+    let args = [
+        ["--until", "1.1.0"],
+        ["--timeout", "110"],
+        ["--seed", "7"],
+        ["--lost-link", "0.1"],
+        ["--corrupt-group", "0.05"],
+        ["--restart", "0.05"],
+    ];
+    let mut simulator = simulator(&site, &pki, args.as_flattened());
     until("all devices online", || async {
         let online = site.metrics_text().lines().find_map(|line| {
             line.strip_prefix("fwpush_devices_online ")
@@ -102,13 +81,7 @@ async fn three_hundred_devices_in_another_process_update_through_fwpush_release(
         "{}",
         simulator.lines().join("\n")
     );
-    let report = simulator
-        .lines()
-        .into_iter()
-        .rev()
-        .find(|line| line.starts_with('{'))
-        .expect("a JSON line");
-    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let report = report_of(&simulator);
     assert_eq!(
         (report["devices"].as_u64(), report["succeeded"].as_u64()),
         (Some(300), Some(300)),
@@ -118,6 +91,148 @@ async fn three_hundred_devices_in_another_process_update_through_fwpush_release(
         report["bytes_downloaded"].as_u64().unwrap() >= (DEVICES * MIB) as u64,
         "{report}"
     );
+    expect_faults(
+        &report,
+        &["links_lost", "bytes_flipped", "groups_refused", "kills"],
+    );
+}
+
+/// Panics unless each of these struck.
+#[track_caller]
+fn expect_faults(report: &serde_json::Value, faults: &[&str]) {
+    for fault in faults {
+        let count = report["faults"][fault].as_u64();
+        assert!(count.is_some_and(|count| count > 0), "no {fault}: {report}");
+    }
+}
+
+/// `device-sim` against a site, and the JSON object that it ends with.
+fn simulator(site: &Site, pki: &Path, args: &[&str]) -> Process {
+    let mut command = Command::new(bin("device-sim"));
+    command
+        .args(["--server", &site.devices.to_string()])
+        .args(["--product", PRODUCT, "--hw", HW, "--json", "--pki"])
+        .arg(pki)
+        .args(args);
+    Process::spawn(command)
+}
+
+fn report_of(simulator: &Process) -> serde_json::Value {
+    let lines = simulator.all_lines();
+    let report = lines.iter().rev().find(|line| line.starts_with('{'));
+    serde_json::from_str(report.expect("a JSON line")).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_fault_of_the_simulator_strikes_as_its_share_and_seed_say() {
+    const DEVICES: usize = 40;
+    const SEED: u64 = 11;
+    const SHARE: f64 = 0.2;
+    let site = Site::started();
+    let dir = site.add_fleet("all-", DEVICES);
+    let (share, seed) = (SHARE.to_string(), SEED.to_string());
+    let mut args = vec!["--seed", &seed, "--until", "1.1.0", "--timeout", "110"];
+    for fault in [
+        "--defer",
+        "--reject",
+        "--bad-health",
+        "--restart",
+        "--lost-link",
+        "--corrupt-group",
+    ] {
+        args.extend([fault, &share]);
+    }
+    args.extend(["--bandwidth", "400KiB-2MiB", "--delay-ms", "5-40"]);
+    let mut simulator = simulator(&site, &dir, &args);
+    let image = site.image("1.1.0.img", MIB, 1);
+    let released = site.release_with(&image, "1.1.0", &["--detach", "--json"]);
+    let rollout = released.ok().json()["rollout_id"].clone();
+
+    // Which devices suffer what follows from the seed and their ids alone.
+    let pki = Pki::load(&dir, None).unwrap();
+    let ids: Vec<_> = pki.devices.iter().map(|device| &device.id).collect();
+    let shares = FaultShares {
+        lost_link: SHARE,
+        corrupt_group: SHARE,
+        defer: SHARE,
+        reject: SHARE,
+        bad_health: SHARE,
+        restart: SHARE,
+    };
+    let faults = shares.assign(SEED, &ids).unwrap();
+    let ending = |wanted| {
+        let of = |faults: &&Faults| Ending::of(**faults, false) == wanted;
+        faults.iter().filter(of).count()
+    };
+    let (updated, rolled_back, rejected) = (
+        ending(Ending::Updated),
+        ending(Ending::RolledBack),
+        ending(Ending::Rejected),
+    );
+    assert!(rolled_back > 0 && rejected == 8, "another seed is wanted");
+
+    assert!(
+        simulator.wait().success(),
+        "{}",
+        simulator.lines().join("\n")
+    );
+    let report = report_of(&simulator);
+    let count = |key: &str| report[key].as_u64().unwrap() as usize;
+    assert_eq!(
+        (count("devices"), count("as_expected"), count("succeeded")),
+        (DEVICES, DEVICES, updated),
+        "{report}"
+    );
+    expect_faults(
+        &report,
+        &[
+            "links_lost",
+            "bytes_flipped",
+            "groups_refused",
+            "deferrals",
+            "kills",
+        ],
+    );
+    // The server has it so too.
+    let rollout = rollout.as_str().unwrap();
+    let shown = site.fwpush(&["rollout", "show", rollout, "--json"]);
+    let shown = shown.ok().json();
+    let phases = &shown["phases"];
+    for (phase, devices) in [
+        ("SUCCEEDED", updated),
+        ("ROLLED_BACK", rolled_back),
+        ("REJECTED", rejected),
+    ] {
+        assert_eq!(phases[phase].as_u64(), Some(devices as u64), "{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_simulator_names_the_devices_that_did_not_end_as_expected() {
+    let site = Site::started();
+    let dir = site.add_fleet("never-", 3);
+    let args = ["--until", "9.9.9", "--timeout", "1"];
+    let mut simulator = simulator(&site, &dir, &args);
+    assert_eq!(simulator.wait().code(), Some(1));
+    let report = report_of(&simulator);
+    assert_eq!(
+        (report["as_expected"].as_u64(), report["devices"].as_u64()),
+        (Some(0), Some(3)),
+        "{report}"
+    );
+    let lines = simulator.all_lines().join("\n");
+    assert!(
+        lines.contains("3 of 3 devices have not ended 9.9.9 as expected in time:"),
+        "{lines}"
+    );
+    for id in ["never-00001", "never-00002", "never-00003"] {
+        assert!(
+            lines
+                .lines()
+                .any(|line| line.contains(id) && line.contains("should be SUCCEEDED")),
+            "{lines}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

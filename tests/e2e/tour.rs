@@ -45,6 +45,13 @@ fn the_tour_of_the_readme_works_word_for_word() {
     ] {
         assert!(script.contains(told), "the tour no longer shows {told}");
     }
+    // The README says so of its last step.
+    let mut jq = Command::new("sh");
+    jq.args(["-c", "command -v jq"]);
+    if run(jq).code != 0 {
+        println!("SKIPPED: jq is not installed (Debian: apt-get install jq)");
+        return;
+    }
     let dir = TempDir::with_prefix("fwpush-tour-").unwrap();
     let binaries = bin("fwpush").parent().unwrap().to_owned();
     let path = format!("{}:{}", binaries.display(), env::var("PATH").unwrap());

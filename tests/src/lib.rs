@@ -23,5 +23,6 @@ pub mod raw;
 pub mod redis;
 pub mod scene;
 pub mod site;
+pub mod terminal;
 pub mod trace;
 pub mod wait;

@@ -12,7 +12,9 @@ pub fn server_toml(args: &InitArgs, advertised: &[String]) -> String {
         .collect();
     format!(
         r#"# Configuration of a fwpush server. Relative paths start from this file's directory.
-# `fwpush serve` reads it at the start and on SIGHUP.
+# `fwpush serve` reads it at the start. On SIGHUP it reads again the certificates that [pki] names (not device_ca_key),
+# `listen.proxies`, `limits.heartbeat_interval_s`, `limits.reconnect_spread_s` and a database's password. Every other setting
+# needs a restart, and the log names what waits for one. With another `trust_domain` or `node_id` nothing is taken on SIGHUP.
 
 # The name of the installation; it stands in every certificate.
 trust_domain = "{trust_domain}"

@@ -6,6 +6,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use axum::{Router, body::Body, response::Response, routing::post};
@@ -30,9 +31,6 @@ use crate::{
     metrics as m,
 };
 
-/// A FileRequest has under 120 bytes; the rest is room for fields to come.
-const REQUEST_BYTES: usize = 4 * 1024;
-
 /// Serves downloads to devices; clones share the bounds.
 #[derive(Clone, Debug)]
 pub struct Downloads {
@@ -40,18 +38,20 @@ pub struct Downloads {
     store: FileStore,
     access: Access,
     most: usize,
+    stall: Duration,
     active: Arc<AtomicUsize>,
     by_device: Arc<Mutex<HashMap<DeviceId, usize>>>,
 }
 
 impl Downloads {
-    /// At most `most` downloads at once.
-    pub fn new(db: Db, store: FileStore, access: Access, most: usize) -> Self {
+    /// At most `most` downloads at once. One in which the peer takes nothing for `stall` is ended, with its connection.
+    pub fn new(db: Db, store: FileStore, access: Access, most: usize, stall: Duration) -> Self {
         Self {
             db,
             store,
             access,
             most,
+            stall,
             active: Arc::default(),
             by_device: Arc::default(),
         }
@@ -116,24 +116,32 @@ impl Downloads {
                 mapped.len()
             ))
         })?;
-        let span = tracing::info_span!("download", device.id = %device, file = %id);
-        span.in_scope(|| tracing::debug!(offset = wanted.offset, "A download began."));
+        let served = Served { id, file: mapped };
+        self.serve(slot, served, range, caller.hang_up.clone())
+    }
+
+    /// The answer that gives `range` of a file. It is watched while it lasts: `hang_up` ends the connection of one that stalls.
+    fn serve(
+        &self,
+        slot: Slot,
+        served: Served,
+        range: Range,
+        hang_up: CancellationToken,
+    ) -> Result<Response, Status> {
         let progress = Arc::new(AtomicU64::new(0));
         let ended = CancellationToken::new();
-        tokio::spawn(
-            watch(
-                progress.clone(),
-                ended.clone(),
-                caller.hang_up.clone(),
-                device,
-                Served {
-                    id,
-                    file: mapped.clone(),
-                },
-            )
-            .instrument(span),
+        let file = served.file.clone();
+        let span = tracing::info_span!("download", device.id = %slot.device, file = %served.id);
+        span.in_scope(|| tracing::debug!("A download began."));
+        let watched = watch(
+            progress.clone(),
+            ended.clone(),
+            hang_up,
+            served.file,
+            self.stall,
         );
-        let body = DownloadBody::new(mapped, range, progress, slot, ended.drop_guard());
+        tokio::spawn(watched.instrument(span));
+        let body = DownloadBody::new(file, range, progress, slot, ended.drop_guard());
         Response::builder()
             .header("content-type", "application/grpc")
             .body(Body::new(body))
@@ -198,13 +206,12 @@ impl Downloads {
 
 /// Reads the one message of the request.
 async fn decode(body: Body) -> Result<FileRequest, Status> {
-    let body = Limited::new(body, REQUEST_BYTES)
+    let body = Limited::new(body, limits::FILE_REQUEST_BYTES)
         .collect()
         .await
         .map_err(|_| {
-            Status::invalid_argument(format!(
-                "a FileRequest of at most {REQUEST_BYTES} bytes is wanted"
-            ))
+            let most = limits::FILE_REQUEST_BYTES;
+            Status::invalid_argument(format!("a FileRequest of at most {most} bytes is wanted"))
         })?;
     let mut bytes = body.to_bytes();
     if bytes.len() < 5 || bytes[0] != 0 {
@@ -218,35 +225,36 @@ async fn decode(body: Body) -> Result<FileRequest, Status> {
         .map_err(|_| Status::invalid_argument("the FileRequest cannot be decoded"))
 }
 
-/// Watches a download to its end, and ends the connection of one in which the peer takes nothing for [`limits::DOWNLOAD_STALL`].
+/// Watches a download to its end, and ends the connection of one in which the peer takes nothing for `stall`: at most as long again
+/// after that.
 ///
 /// Nothing else would: HTTP/2 does not ask the body for more while the peer gives no window.
 async fn watch(
     progress: Arc<AtomicU64>,
     ended: CancellationToken,
     hang_up: CancellationToken,
-    device: DeviceId,
-    served: Served,
+    file: Mapped,
+    stall: Duration,
 ) {
     let mut counted = 0;
     loop {
         tokio::select! {
             () = ended.cancelled() => break,
-            () = tokio::time::sleep(limits::DOWNLOAD_STALL) => {}
+            () = tokio::time::sleep(stall) => {}
         }
         let now = progress.load(Ordering::Relaxed);
         metrics::counter!(m::DOWNLOAD_BYTES).increment(now - counted);
         if now == counted {
-            tracing::info!(device.id = %device, "A stalled download was ended.");
+            tracing::info!("A stalled download was ended.");
             hang_up.cancel();
             return;
         }
         counted = now;
     }
     metrics::counter!(m::DOWNLOAD_BYTES).increment(progress.load(Ordering::Relaxed) - counted);
-    if served.file.is_damaged() {
+    if file.is_damaged() {
         tracing::error!(
-            device.id = %device, file = %served.id, next = RESTORE_HINT,
+            next = RESTORE_HINT,
             "A download was ended: the stored file is damaged."
         );
     }
@@ -279,5 +287,105 @@ impl Drop for Slot {
                 by_device.remove(&self.device);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::{self, Instant};
+
+    use super::*;
+    use crate::{db::testing::Bench, files::FilesPlace};
+
+    const CHUNK: usize = limits::CHUNK_DEFAULT_BYTES;
+    const STALL: Duration = limits::DOWNLOAD_STALL;
+
+    /// A download of four chunks that has just begun.
+    struct Scene {
+        downloads: Downloads,
+        device: DeviceId,
+        body: Body,
+        hang_up: CancellationToken,
+        _bench: Bench,
+    }
+
+    impl Scene {
+        /// From here on, time passes when nothing else can happen.
+        async fn new() -> Self {
+            let bench = Bench::new().await;
+            let place = FilesPlace::Directory {
+                path: bench.dir.path().join("files"),
+                shared: false,
+            };
+            let store = FileStore::open(&place, &"n1".parse().unwrap()).await;
+            let store = store.unwrap();
+            let content = vec![7; 4 * CHUNK];
+            let (id, size) = (FileId::of(&content), content.len() as u64);
+            let mut upload = store.uploads().upload(id, size, 0, "op").unwrap();
+            for piece in content.chunks(CHUNK) {
+                upload.append(piece).unwrap();
+            }
+            let stop = CancellationToken::new();
+            store.finish(upload, &stop).await.unwrap();
+            let access = Access::new(bench.db.clone(), []);
+            let downloads = Downloads::new(bench.db.clone(), store, access, 1, STALL);
+            let file = downloads.open(id, size).await.unwrap().content.clone();
+            let device: DeviceId = "dev-1".parse().unwrap();
+            let slot = downloads.slot(&device).unwrap();
+            let range = Range::of(file.len(), 0, 0, 0).unwrap();
+            let hang_up = CancellationToken::new();
+            let served = Served { id, file };
+            let answer = downloads.serve(slot, served, range, hang_up.clone());
+            time::pause();
+            Self {
+                downloads,
+                device,
+                body: answer.unwrap().into_body(),
+                hang_up,
+                _bench: bench,
+            }
+        }
+
+        /// The peer takes a chunk: its header and its content.
+        async fn take(&mut self) {
+            for _ in 0..2 {
+                self.body.frame().await.unwrap().unwrap();
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_download_that_stalls_before_its_last_chunk_ends_with_its_connection() {
+        let mut scene = Scene::new().await;
+        for _ in 0..3 {
+            // Slow, and yet alive.
+            scene.take().await;
+            time::sleep(STALL - Duration::from_secs(1)).await;
+            assert!(!scene.hang_up.is_cancelled());
+        }
+        let silent = Instant::now();
+        let ended = time::timeout(STALL * 100, scene.hang_up.cancelled()).await;
+        ended.expect("it is ended");
+        let waited = silent.elapsed() + STALL;
+        assert!(
+            (STALL..=STALL * 2).contains(&waited),
+            "after {waited:?} without a byte"
+        );
+        assert!(scene.downloads.slot(&scene.device).is_err());
+        // The connection goes, and the body with it.
+        drop(scene.body);
+        scene.downloads.slot(&scene.device).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_connection_of_a_download_that_came_to_its_end_stays() {
+        let mut scene = Scene::new().await;
+        for _ in 0..4 {
+            scene.take().await;
+        }
+        assert!(scene.body.frame().await.unwrap().unwrap().is_trailers());
+        drop(scene.body);
+        time::sleep(STALL * 3).await;
+        assert!(!scene.hang_up.is_cancelled());
     }
 }

@@ -20,10 +20,7 @@ use tonic_health::{
     server::{HealthReporter, HealthService},
 };
 
-use crate::engines::Engine;
-
-/// Scrapers and probes need a few connections; more are refused.
-const CONNECTIONS: usize = 64;
+use crate::{engines::Engine, limits};
 
 /// Whether this node wants new work; shared by the probes and the drain.
 #[derive(Clone, Debug)]
@@ -121,7 +118,7 @@ pub async fn serve_http(
         .route("/metrics", get(render))
         .route("/livez", get(|| async { "alive\n" }))
         .route("/readyz", get(ready));
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let places = Arc::new(Semaphore::new(limits::METRICS_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,

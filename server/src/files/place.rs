@@ -107,6 +107,43 @@ const WANTED: &str = "must be `file:` followed by a directory, or `s3://BUCKET/P
 const CACHE_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 50;
 
 impl Files {
+    /// The keys of `[files]` whose values differ from those of `other`.
+    pub(crate) fn changed_since(&self, other: &Self) -> Vec<&'static str> {
+        let Self {
+            url,
+            shared,
+            endpoint,
+            region,
+            access_key_id,
+            secret_key_file,
+            ca_file,
+            allow_http,
+            cache_dir,
+            cache_bytes,
+            presign,
+            mirror_url,
+        } = self;
+        let same = [
+            ("files.url", *url == other.url),
+            ("files.shared", *shared == other.shared),
+            ("files.endpoint", *endpoint == other.endpoint),
+            ("files.region", *region == other.region),
+            ("files.access_key_id", *access_key_id == other.access_key_id),
+            (
+                "files.secret_key_file",
+                *secret_key_file == other.secret_key_file,
+            ),
+            ("files.ca_file", *ca_file == other.ca_file),
+            ("files.allow_http", *allow_http == other.allow_http),
+            ("files.cache_dir", *cache_dir == other.cache_dir),
+            ("files.cache_bytes", *cache_bytes == other.cache_bytes),
+            ("files.presign", *presign == other.presign),
+            ("files.mirror_url", *mirror_url == other.mirror_url),
+        ];
+        let changed = same.into_iter().filter(|(_, same)| !same);
+        changed.map(|(key, _)| key).collect()
+    }
+
     /// Puts what `env` has above what the file says.
     pub(crate) fn overlay(
         &mut self,

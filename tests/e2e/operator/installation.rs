@@ -2,10 +2,19 @@
 
 use std::{collections::BTreeMap, fs, os::unix::fs::PermissionsExt as _, path::Path};
 
-use fwpush_proto::v1::{GetServerInfoRequest, admin_service_client::AdminServiceClient};
-use fwpush_tests::{bins::bin, process::run, site::Site};
+use fwpush_proto::v1::{
+    GetServerInfoRequest, RegisterRequest, Registered, admin_service_client::AdminServiceClient,
+    client_message::Kind as FromDevice,
+};
+use fwpush_tests::{
+    bins::bin,
+    client::{Stream, facts},
+    process::run,
+    site::Site,
+};
 use rustix::process::Signal;
 use tempfile::TempDir;
+use tonic::transport::Channel;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -190,6 +199,117 @@ fn hang_up_reloads_and_a_broken_configuration_changes_nothing() {
     site.server().signal(Signal::HUP);
     site.server().line_after(from, "were read again");
     site.fwpush(&["device", "list"]).ok();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hang_up_gives_new_streams_the_new_pace() {
+    let mut site = Site::started();
+    site.add_device("dev-1");
+    site.add_device("dev-2");
+    let channel = site.connect("dev-1").await;
+    let (mut early, told) = register(channel.clone(), "dev-1").await;
+    assert_eq!(
+        (told.heartbeat_interval_ms, told.reconnect_spread_ms),
+        (5_000, 0)
+    );
+    site.edit_config(|config| {
+        let limits = config["limits"].as_table_mut().unwrap();
+        limits.insert("heartbeat_interval_s".into(), 37.into());
+        limits.insert("reconnect_spread_s".into(), 11.into());
+    });
+    let from = site.server().lines().len();
+    site.server().signal(Signal::HUP);
+    site.server().line_after(from, "were read again");
+    let lines = site.server().lines().split_off(from);
+    assert!(
+        !lines.iter().any(|line| line.contains("restart")),
+        "{lines:?}"
+    );
+    // Another device, and the same connection once more.
+    let (_other, told) = register(site.connect("dev-2").await, "dev-2").await;
+    assert_eq!(
+        (told.heartbeat_interval_ms, told.reconnect_spread_ms),
+        (37_000, 11_000)
+    );
+    early.beat("dev-1", 1).await.unwrap();
+    let (_again, told) = register(channel, "dev-1").await;
+    assert_eq!(
+        (told.heartbeat_interval_ms, told.reconnect_spread_ms),
+        (37_000, 11_000)
+    );
+}
+
+async fn register(channel: Channel, id: &str) -> (Stream, Registered) {
+    let first = FromDevice::Register(RegisterRequest {
+        client_id: id.into(),
+        facts: Some(facts()),
+    });
+    Stream::begin(channel, first).await.unwrap()
+}
+
+#[test]
+fn each_hang_up_names_the_settings_that_wait_for_a_restart() {
+    let mut site = Site::started();
+    let hang_up = |site: &mut Site| {
+        let from = site.server().lines().len();
+        site.server().signal(Signal::HUP);
+        site.server().line_after(from, "were read again");
+        let lines = site.server().lines().split_off(from);
+        lines.into_iter().find(|line| line.contains("restart"))
+    };
+    assert_eq!(hang_up(&mut site), None);
+    let path = site.dir().join("server/fwpush.toml");
+    let before = fs::read_to_string(&path).unwrap();
+    site.edit_config(|config| {
+        let table = |config: &mut toml::Table, name: &str, key: &str, value: toml::Value| {
+            let table = config.entry(name).or_insert(toml::Table::new().into());
+            table.as_table_mut().unwrap().insert(key.into(), value);
+        };
+        table(config, "limits", "downloads", 7.into());
+        table(config, "listen", "metrics", "127.0.0.1:1".into());
+        table(config, "trust", "dir", "elsewhere".into());
+    });
+    // What waits is named each time, not only when it is seen first.
+    for _ in 0..2 {
+        let line = hang_up(&mut site).expect("a warning");
+        assert!(
+            line.contains("listen.metrics, trust.dir, limits.downloads")
+                && line.contains("restart to use them"),
+            "{line}"
+        );
+    }
+    fs::write(&path, before).unwrap();
+    assert_eq!(hang_up(&mut site), None, "nothing waits any more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hang_up_makes_no_other_node_of_a_server() {
+    let mut site = Site::started();
+    site.add_device("dev-1");
+    let path = site.dir().join("server/fwpush.toml");
+    let before = fs::read_to_string(&path).unwrap();
+    for key in ["trust_domain", "node_id"] {
+        site.edit_config(|config| {
+            config.insert(key.into(), "another".into());
+            let limits = config["limits"].as_table_mut().unwrap();
+            limits.insert("heartbeat_interval_s".into(), 37.into());
+        });
+        let from = site.server().lines().len();
+        site.server().signal(Signal::HUP);
+        let (_, line) = site
+            .server()
+            .line_after(from, "The configuration was not taken; the old one stays");
+        assert!(
+            line.contains(&format!("`{key}` is now \\\"another\\\""))
+                || line.contains(&format!("`{key}` is now \"another\"")),
+            "{line}"
+        );
+        // Nothing of it was: everybody is let in as before, at the old pace.
+        let (_again, told) = register(site.connect("dev-1").await, "dev-1").await;
+        assert_eq!(told.heartbeat_interval_ms, 5_000);
+        site.fwpush(&["device", "list"]).ok();
+        fs::write(&path, &before).unwrap();
+    }
 }
 
 #[test]

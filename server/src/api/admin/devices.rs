@@ -13,10 +13,6 @@ use crate::{
     route::{PushError, Pushed},
 };
 
-/// How much of a device's history `GetDevice` shows.
-const UPDATES: u32 = 20;
-const EVENTS: u32 = 50;
-
 fn refused(error: DeviceError) -> Status {
     let (code, next) = match &error {
         DeviceError::Db(_) => (Code::Unavailable, String::new()),
@@ -142,10 +138,14 @@ pub async fn get(
 ) -> Result<v1::DeviceDetail, Status> {
     let device: DeviceId = id("client_id", &request.client_id)?;
     let record = admin.devices.get(&device).await.map_err(refused)?;
-    let updates = rollouts::updates_of(&admin.db, &device, UPDATES)
+    let updates = rollouts::updates_of(&admin.db, &device, limits::DEVICE_UPDATES_SHOWN)
         .await
         .map_err(super::rollouts::refused)?;
-    let events = admin.db.events_of(&device, EVENTS).await.map_err(map::db)?;
+    let events = admin
+        .db
+        .events_of(&device, limits::DEVICE_EVENTS_SHOWN)
+        .await
+        .map_err(map::db)?;
     Ok(v1::DeviceDetail {
         device: Some(shown(admin, &record).await),
         updates: updates.iter().map(views::rollout_device).collect(),

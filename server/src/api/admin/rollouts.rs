@@ -125,12 +125,9 @@ pub async fn list(
     _: &OperatorId,
     request: v1::ListRolloutsRequest,
 ) -> Result<v1::ListRolloutsResponse, Status> {
-    let limit = if request.limit == 0 {
-        50
-    } else {
-        request.limit.min(500)
-    };
-    let rollouts = rollouts::list(&admin.db, limit).await.map_err(refused)?;
+    let rollouts = rollouts::list(&admin.db, request.limit)
+        .await
+        .map_err(refused)?;
     Ok(v1::ListRolloutsResponse {
         rollouts: rollouts.iter().map(views::rollout).collect(),
     })
