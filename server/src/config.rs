@@ -192,6 +192,8 @@ pub struct Tunables {
     pub heartbeat_interval_s: u64,
     /// 0 .. 3,600.
     pub reconnect_spread_s: u64,
+    /// 0 .. 604,800: devices begin an update after a random part of this.
+    pub update_spread_s: u64,
 }
 
 impl Default for Tunables {
@@ -202,6 +204,7 @@ impl Default for Tunables {
             downloads: limits::DOWNLOADS,
             heartbeat_interval_s: limits::HEARTBEAT_INTERVAL.as_secs(),
             reconnect_spread_s: limits::RECONNECT_SPREAD.as_secs(),
+            update_spread_s: 0,
         }
     }
 }
@@ -314,6 +317,12 @@ impl Config {
             limits.reconnect_spread_s,
             0,
             3_600,
+        )?;
+        between(
+            "limits.update_spread_s",
+            limits.update_spread_s,
+            0,
+            crate::limits::UPDATE_SPREAD_MAX.as_secs(),
         )?;
         self.files_place()?;
         self.mirrors(None)?;
@@ -560,6 +569,7 @@ impl Config {
             handshakes_per_address,
             downloads,
             heartbeat_interval_s: _,
+            update_spread_s: _,
             reconnect_spread_s: _,
         } = limits;
         let was = &started.limits;
@@ -661,7 +671,7 @@ mod tests {
              [files]\nurl = \"s3://bucket\"\nendpoint = \"http://s3:9000\"\nregion = \"r\"\naccess_key_id = \"i\"\nsecret_key_file = \"s\"\n\
              ca_file = \"c\"\nallow_http = true\ncache_dir = \"d\"\ncache_bytes = 2000000\npresign = true\nmirror_url = \"https://cdn/fw\"\n\
              [cluster]\nredis_url = \"rediss://cache\"\nredis_password_file = \"p\"\nredis_ca_file = \"c\"\nadvertise_addr = \"fw-1:7444\"\n\
-             [limits]\nconnections = 1\nhandshakes_per_address = 1\ndownloads = 1\nheartbeat_interval_s = 7\nreconnect_spread_s = 7\n"
+             [limits]\nconnections = 1\nhandshakes_per_address = 1\ndownloads = 1\nheartbeat_interval_s = 7\nreconnect_spread_s = 7\nupdate_spread_s = 7\n"
         );
         let expected = [
             "listen.devices",

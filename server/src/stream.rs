@@ -509,7 +509,8 @@ impl Stream<'_> {
     async fn send_notice(&mut self, desired: &Arc<Desired>) -> Result<(), End> {
         let nonce = uuid::Uuid::new_v4().simple().to_string();
         let mirrors = self.mirrors_of(desired.release.as_deref()).await;
-        let notice = desired::notice(desired, nonce, mirrors);
+        let spread = Duration::from_secs(self.context.tunables.load().update_spread_s);
+        let notice = desired::notice(desired, nonce, spread, mirrors);
         self.send(ToDevice::FileNotice(notice)).await?;
         *self.update = update_span(desired);
         self.desired = Arc::clone(desired);

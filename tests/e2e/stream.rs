@@ -160,6 +160,28 @@ async fn what_is_logged_of_a_stream_names_its_device_rollout_and_generation() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_notice_spreads_the_beginning_of_an_update_as_configured() {
+    let mut site = Site::new();
+    site.edit_config(|config| {
+        let limits = config["limits"].as_table_mut().unwrap();
+        limits.insert("update_spread_s".into(), 600.into());
+    });
+    site.start();
+    site.add_device("dev-1");
+    offer(&site, "dev-1").await;
+    let (mut stream, _) = Stream::register(site.connect("dev-1").await, "dev-1")
+        .await
+        .unwrap();
+    let told = notice(&mut stream).await;
+    assert_eq!(told.spread_ms, 600_000);
+    // To give it up cannot wait.
+    site.fwpush(&["rollout", "abort", &told.rollout_id, "--yes"])
+        .ok();
+    let abort = notice(&mut stream).await;
+    assert_eq!((abort.action, abort.spread_ms), (3, 0));
+}
+
 // ---- Sessions ----
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -72,6 +72,8 @@ url = "file:data/files"
 #heartbeat_interval_s = {heartbeat}
 # Devices that lost the server come back spread over this many seconds.
 #reconnect_spread_s = {spread}
+# Devices begin an update spread over this many seconds, so that a large fleet does not fetch it all at once.
+#update_spread_s = 0
 "#,
         trust_domain = args.trust_domain,
         node_id = args.node_id,

@@ -9,7 +9,7 @@ mod registration;
 mod report;
 pub(crate) mod state;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use fwpush_keys::{
     id::{DeviceId, RolloutId},
@@ -229,8 +229,14 @@ fn unknown() -> Desired {
     }
 }
 
-/// The message that tells a device what to do. `nonce` is random for each notice sent; `mirrors` have the release's file.
-pub fn notice(desired: &Desired, nonce: String, mirrors: Vec<v1::Mirror>) -> v1::FileNotice {
+/// The message that tells a device what to do: to begin after a random part of `spread`, where it is to begin something. `nonce` is
+/// random for each notice sent; `mirrors` have the release's file.
+pub fn notice(
+    desired: &Desired,
+    nonce: String,
+    spread: Duration,
+    mirrors: Vec<v1::Mirror>,
+) -> v1::FileNotice {
     let release = desired.release.as_deref();
     v1::FileNotice {
         file_name: release
@@ -252,7 +258,7 @@ pub fn notice(desired: &Desired, nonce: String, mirrors: Vec<v1::Mirror>) -> v1:
             .unwrap_or_default(),
         attempt: desired.attempt,
         not_before_at_ms: 0,
-        spread_ms: 0,
+        spread_ms: release.map_or(0, |_| spread.as_millis() as u64),
         mirrors,
     }
 }
