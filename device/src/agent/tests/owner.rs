@@ -194,7 +194,10 @@ async fn attributes_are_told_at_registration_and_when_they_change() {
     fs::write(&program, "#!/bin/sh\ncat ${0%/*}/value\n").unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let tell = |value: &str| {
-        fs::write(folder.path().join("value"), format!("disk={value}")).unwrap();
+        // Whole or not at all: the program may read it at any moment.
+        let new = folder.path().join("value.new");
+        fs::write(&new, format!("disk={value}")).unwrap();
+        fs::rename(new, folder.path().join("value")).unwrap();
     };
     tell("10");
     let mut bench = Bench::new();
