@@ -1,5 +1,7 @@
 //! Bounds on connections: peers that are silent, slow or too many hold up themselves and nobody else.
 
+mod downloads;
+
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -11,8 +13,8 @@ use fwpush_proto::v1::{FileRequest, file_service_client::FileServiceClient};
 use fwpush_tests::{
     client::{Certificates, Stream, download, words},
     http2::{
-        CONTINUATION, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, RST_STREAM, Wire,
-        call_headers, connect_from, frame, literal, settings_ack,
+        ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, INITIAL_WINDOW,
+        PING, RST_STREAM, Wire, call_headers, connect_from, frame, grpc, literal, settings_ack,
     },
     site::{PRODUCT, Site},
     wait::{self, LONG},

@@ -1,6 +1,7 @@
 //! What an operator does, right and wrong, with the real command against a real server.
 
 mod backup;
+mod bounds;
 mod devices;
 mod installation;
 mod publishing;

@@ -1,8 +1,9 @@
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _};
+use std::os::unix::fs::FileExt as _;
 
 use bao_tree::io::outboard::PreOrderMemOutboard;
 use bao_tree::io::sync::Outboard as _;
-use bao_tree::{BlockSize, TreeNode};
+use bao_tree::{BaoTree, BlockSize, TreeNode};
 use proptest::prelude::*;
 
 use super::*;
@@ -62,26 +63,51 @@ fn a_received_list_verifies_and_covers_the_file_exactly() {
 }
 
 #[test]
-fn five_gibibytes_of_zeros_have_the_hash_of_blake3() {
+fn a_sparse_file_of_five_gibibytes_has_the_hash_of_blake3_and_the_list_of_bao_tree() {
     // Past 2^32, where an offset of 32 bits would start again at 0; not a whole number of groups.
     let size = 5 * (1 << 30) + 12_345;
-    let outline = outline_of(io::repeat(0).take(size)).expect("zeros can be read");
-    let mut hasher = blake3::Hasher::new();
-    let zeros = vec![0; 1 << 20];
-    for _ in 0..size >> 20 {
-        hasher.update(&zeros);
+    let mut file = tempfile::tempfile().expect("a temporary file");
+    file.set_len(size).expect("it is sparse");
+    // Something on both sides of 2^32, and in the last group.
+    for at in [(1 << 32) - 3, size - 100] {
+        file.write_all_at(b"not zero", at)
+            .expect("room for a block");
     }
-    hasher.update(&zeros[..(size % (1 << 20)) as usize]);
+    let outline = outline_of(&file).expect("it can be read");
+    file.rewind().expect("from the start");
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(&file).expect("it can be read");
     assert_eq!(outline.root(), hasher.finalize().into());
     assert_eq!(outline.size(), size);
     assert_eq!(outline.groups(), 81_921);
-    assert_eq!(outline.as_bytes().len(), 81_921 * 32);
+
+    file.rewind().expect("from the start");
+    let tree = BaoTree::new(size, BlockSize::from_chunk_log(6));
+    let mut oracle = PreOrderMemOutboard {
+        root: hasher.finalize(),
+        tree,
+        data: vec![0; tree.outboard_size() as usize],
+    };
+    let root = bao_tree::io::sync::outboard(&file, tree, &mut oracle).expect("it can be read");
+    assert_eq!(FileId::from(root), outline.root());
+    assert!(outline.as_bytes() == groups_of(&oracle), "another list");
+
     Outline::from_bytes(outline.root(), size, outline.as_bytes()).expect("merges to the root");
-    outline.check(70_000, &zeros[..65_536]).expect("zeros");
-    outline.check(81_920, &zeros[..12_345]).expect("the last");
+    let zeros = vec![0; 65_536];
+    outline.check(70_000, &zeros).expect("zeros");
+    for index in [65_535, 65_536, 81_920] {
+        let range = outline.group_range(index).expect("in range");
+        let mut group = vec![0; (range.end - range.start) as usize];
+        outline
+            .check(index, &group)
+            .expect_err("it is not all zeros");
+        file.read_exact_at(&mut group, range.start)
+            .expect("it can be read");
+        outline.check(index, &group).expect("its own bytes");
+    }
     // Zeros of another place are other bytes: the offset is part of the hash.
     let entries: Vec<_> = outline.as_bytes().as_chunks::<32>().0.to_vec();
-    assert_ne!(entries[0], entries[65_536]);
+    assert_ne!(entries[0], entries[65_537]);
 }
 
 #[test]
