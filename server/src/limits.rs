@@ -94,10 +94,10 @@ pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(60);
 pub const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Upper bound of a device's random wait before it reconnects: 10,000 devices in 5 s are 2,000 handshakes a second.
-/// Longer than that no device waits, whatever it is told.
-pub const UPDATE_SPREAD_MAX: Duration = Duration::from_secs(7 * 24 * 3_600);
-
 pub const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
+
+/// The longest random wait before an update: no device waits longer, whatever it is told.
+pub const UPDATE_SPREAD_MAX: Duration = Duration::from_secs(7 * 24 * 3_600);
 
 /// Attributes of a device: pairs, and bytes of all keys and values.
 pub const ATTRIBUTES: usize = 64;
