@@ -47,7 +47,7 @@ async fn list(context: &Context, args: &DeviceList) -> Result<()> {
             .unwrap_or_default(),
         args.limit as usize,
     );
-    let total = loop {
+    let (total, online_of) = loop {
         let left = u32::try_from(limit - devices.len()).unwrap_or(PAGE);
         let request = ListDevicesRequest {
             product: args
@@ -69,13 +69,24 @@ async fn list(context: &Context, args: &DeviceList) -> Result<()> {
         match last {
             // A page may be short where the server filters it; only an empty one is the end.
             Some(last) if devices.len() < limit => after = last,
-            _ => break answer.total,
+            _ => break (answer.total, answer.online_of_node),
         }
     };
     context.out.data(
-        || json!({ "devices": devices.iter().map(views::device_json).collect::<Vec<_>>(), "total": total }),
+        || {
+            let mut list = json!({ "devices": devices.iter().map(views::device_json).collect::<Vec<_>>(), "total": total });
+            if !online_of.is_empty() {
+                list["online_of_node"] = online_of.as_str().into();
+            }
+            list
+        },
         || views::devices_text(&devices),
     )?;
+    if !online_of.is_empty() {
+        context.out.say(&format!(
+            "Redis is away: only those on {online_of} are known to be online."
+        ));
+    }
     if let (Some(last), true) = (devices.last(), devices.len() >= limit) {
         context.out.say(&format!(
             "{} shown; more with --after {}",

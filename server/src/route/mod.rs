@@ -281,6 +281,12 @@ impl Route {
         online
     }
 
+    /// The node whose devices alone are known to be online: this one, while Redis is away.
+    pub fn sees_only(&self) -> Option<&NodeId> {
+        let cluster = self.cluster.as_ref()?;
+        (!cluster.redis.is_up()).then_some(&self.node)
+    }
+
     /// Delivers `message` to the device's stream, on whatever node.
     pub async fn push(
         &self,

@@ -171,6 +171,15 @@ async fn while_redis_is_away_a_device_on_another_node_is_found_by_asking() {
         }
     })
     .await;
+    let list = node.fwpush(&["device", "list", "--online"]).ok();
+    assert!(
+        list.stderr
+            .contains("only those on node-1 are known to be online"),
+        "{}",
+        list.stderr
+    );
+    let list = node.fwpush(&["device", "list", "--json"]).ok().json();
+    assert_eq!(list["online_of_node"], "node-1");
     let sent = node
         .fwpush(&["device", "text", "dev-1", "hello", "--json"])
         .ok()

@@ -126,7 +126,12 @@ pub async fn list(
             .map(|(record, online)| views::device(record, online));
         devices.extend(wanted.take(limit as usize - devices.len()));
         if !whole_page || devices.len() == limit as usize {
-            return Ok(v1::ListDevicesResponse { devices, total });
+            let online_of_node = admin.route.sees_only().map(ToString::to_string);
+            return Ok(v1::ListDevicesResponse {
+                devices,
+                total,
+                online_of_node: online_of_node.unwrap_or_default(),
+            });
         }
     }
 }
