@@ -43,6 +43,8 @@ pub(super) async fn step(db: &Db, holder: &LeaseHolder, id: &RolloutId) -> Resul
             });
         }
         Some(Op::Enrol) => {
+            // Anybody's, also of the call that started the rollout: each page is fenced by the place from which it goes on, and who
+            // comes late finds it done.
             enrol::enrol_page(db, id).await?;
             return Ok(Step::Done);
         }
