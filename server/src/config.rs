@@ -654,8 +654,10 @@ mod tests {
 
     #[test]
     fn what_a_reload_does_not_take_is_named() {
-        let started = parse(LEAST).unwrap();
-        let named = |text: &str| parse(text).unwrap().waiting_for_restart(&started);
+        // As the file has it: no configuration that passes every check has all settings.
+        let read = |text: &str| toml::from_str::<Config>(text).unwrap();
+        let started = read(LEAST);
+        let named = |text: &str| read(text).waiting_for_restart(&started);
         assert!(named(LEAST).is_empty());
         let other = LEAST
             .replace("devices = \"127.0.0.1:0\"", "devices = \"127.0.0.1:7443\"")
