@@ -6,6 +6,7 @@
 //! that the front tells.
 
 mod handshakes;
+mod lent;
 mod proxy;
 
 use std::{
@@ -45,6 +46,7 @@ use tower::ServiceExt as _;
 pub use self::proxy::Proxies;
 use self::{
     handshakes::{Crowded, Handshakes, Waiting},
+    lent::Lent,
     proxy::{HeaderError, Sender},
 };
 use crate::{
@@ -304,20 +306,21 @@ async fn handshake(
         Ok(Ok(io)) => Ok((io, place)),
         Ok(Err((error, tcp))) => {
             drop(place);
-            linger(tcp).await;
+            linger(tcp, limits::LINGER).await;
             Err(Refused::Tls(tls::explain(&error)))
         }
         Err(_) => Err(Refused::Slow),
     }
 }
 
-/// Lets the peer read the alert. To close a socket that has unread bytes resets the connection, and the peer may then never
-/// see what was sent to it before.
-async fn linger(mut tcp: TcpStream) {
+/// Lets the peer read what was sent last, for `most` and as long as it is heard of. To close a socket that has unread bytes resets the
+/// connection, and the peer may then never see what was sent to it before.
+async fn linger(mut tcp: TcpStream, most: Duration) {
     let _ = tcp.shutdown().await;
     let mut unread = [0; 1024];
-    let drained = async { while let Ok(1..) = tcp.read(&mut unread).await {} };
-    let _ = timeout(limits::LINGER, drained).await;
+    let drained =
+        async { while let Ok(Ok(1..)) = timeout(limits::LINGER, tcp.read(&mut unread)).await {} };
+    let _ = timeout(most, drained).await;
 }
 
 /// Answers whatever the peer asks with the reason why it is not served, so that its user hears it too.
@@ -351,7 +354,8 @@ fn http_builder() -> http2::Builder<TokioExecutor> {
     builder
 }
 
-/// Serves requests until the peer leaves, the caller is hung up on, or the server has drained.
+/// Serves requests until the peer leaves, the caller is hung up on, or the server has drained. What was begun before a drain is
+/// received whole, however late the peer reads it.
 async fn serve_http(
     io: TlsStream<TcpStream>,
     listener: &Listener,
@@ -378,40 +382,54 @@ async fn serve_http(
             request.map(axum::body::Body::new)
         },
     );
+    let (io, returned) = Lent::new(io);
     let mut served =
-        pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
+        Box::pin(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(app)));
     let mut draining = false;
     // An operator may think before a command; a device does not.
     let mut silent = devices;
     let mut patience = pin!(tokio::time::sleep(limits::FIRST_REQUEST));
-    loop {
+    let in_order = loop {
         tokio::select! {
             // What there is for the peer leaves before its connection is cut.
             biased;
             ended = served.as_mut() => {
-                if let Err(error) = ended {
+                if let Err(error) = &ended {
                     tracing::debug!(peer = %address, %error, "A connection broke.");
                 }
-                break;
+                break ended.is_ok();
             }
             () = patience.as_mut(), if silent => {
                 silent = false;
                 arrival.over();
                 if !asked.load(Ordering::Relaxed) {
                     tracing::info!(peer = %address, "A connection was closed: nothing was asked on it.");
-                    break;
+                    break false;
                 }
             }
             () = certificate_ends.as_mut() => {
                 tracing::info!(peer = %address, "A connection was closed: its certificate has expired.");
-                break;
+                break false;
             }
-            () = ends.hang_up.cancelled() => break,
-            () = stop.kill.cancelled() => break,
+            () = ends.hang_up.cancelled() => break false,
+            () = stop.kill.cancelled() => break false,
             () = either(&stop.goaway, &ends.leave), if !draining => {
                 draining = true;
                 served.as_mut().graceful_shutdown();
             }
+        }
+    };
+    drop(served);
+    if let (true, Ok(tcp)) = (in_order, returned.await) {
+        let most = if draining {
+            limits::DRAIN_TIME
+        } else {
+            limits::LINGER
+        };
+        tokio::select! {
+            () = linger(tcp, most) => {}
+            () = ends.hang_up.cancelled() => {}
+            () = stop.kill.cancelled() => {}
         }
     }
 }
