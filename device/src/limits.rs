@@ -166,6 +166,10 @@ pub const CHUNK_MESSAGE_BYTES: usize = 1024 * 1024 + 4 * 1024;
 /// the 16 KiB that HTTP/2 peers start with, which are worth a slice.
 pub const SLICE_BYTES: usize = 16 * 1024;
 
+/// The state directory is waited for so long, looked at again after each pause, before it is said to be in use.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+pub const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 // ---- The transfer ----
 
 /// Received and not yet verified; the stream is not read on while it is full. With the HTTP/2 windows and as much again

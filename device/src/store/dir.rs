@@ -9,6 +9,8 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
+    time::Instant,
 };
 
 use super::{Document, Store, StoreError};
@@ -31,7 +33,8 @@ pub struct DirStore {
 }
 
 impl DirStore {
-    /// Opens the directory and makes it if it is missing. In use by another agent: [`StoreError::InUse`].
+    /// Opens the directory and makes it if it is missing. In use by another agent for longer than [`limits::LOCK_PATIENCE`]:
+    /// [`StoreError::InUse`]. Blocks.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
@@ -54,11 +57,20 @@ impl DirStore {
                 .map_err(failed("create", folder))?;
         }
         let lock = open_private(&path.join(LOCK)).map_err(failed("open", &path.join(LOCK)))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(StoreError::InUse { path: path.into() }),
-            Err(TryLockError::Error(source)) => {
-                return Err(failed("lock", &path.join(LOCK))(source));
+        let until = Instant::now() + limits::LOCK_PATIENCE;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                // A process that was killed lets go only once the kernel has cleared it away.
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    thread::sleep(limits::LOCK_PAUSE);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(StoreError::InUse { path: path.into() });
+                }
+                Err(TryLockError::Error(source)) => {
+                    return Err(failed("lock", &path.join(LOCK))(source));
+                }
             }
         }
         let groups_path = path.join(GROUPS_WRITTEN);
@@ -220,6 +232,22 @@ mod tests {
             DirStore::open(folder.path()),
             Err(StoreError::InUse { .. })
         ));
+    }
+
+    #[test]
+    fn an_agent_that_is_just_ending_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = DirStore::open(folder.path()).unwrap();
+        let (begun, begins) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                begins.recv().unwrap();
+                thread::sleep(4 * limits::LOCK_PAUSE);
+                drop(first);
+            });
+            begun.send(()).unwrap();
+            DirStore::open(folder.path()).unwrap();
+        });
     }
 
     #[test]
