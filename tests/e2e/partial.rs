@@ -1,7 +1,7 @@
 //! Downloads that were cut off: what the slot holds is used where it is the image's, and nowhere else.
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     os::unix::fs::FileExt as _,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -117,6 +117,12 @@ async fn go_on(scene: &mut Scene, notice: FileNotice) -> (Vec<(u64, u64)>, u64) 
     )
 }
 
+/// The slot that the update goes to, as somebody else may write it.
+fn spare(scene: &Scene) -> File {
+    let path = scene.device.slot_path("b");
+    OpenOptions::new().write(true).open(path).unwrap()
+}
+
 fn groups_written(scene: &Scene) -> u64 {
     scene.device.status()["groups_written"].as_u64().unwrap()
 }
@@ -127,11 +133,7 @@ async fn of_a_partial_image_whose_slot_was_cut_off_the_rest_is_fetched_again() {
     for (left, whole) in [(GROUP_BYTES + 100, 1), (0, 0)] {
         let mut scene = scene().await;
         let notice = cut_off_after_three_groups(&mut scene).await;
-        let slot = OpenOptions::new()
-            .write(true)
-            .open(scene.device.slot_path("b"))
-            .unwrap();
-        slot.set_len(left).unwrap();
+        spare(&scene).set_len(left).unwrap();
         let (asked, written) = go_on(&mut scene, notice).await;
         let size = scene.image.content.len() as u64;
         let from = whole * GROUP_BYTES;
@@ -144,10 +146,7 @@ async fn of_a_partial_image_whose_slot_was_cut_off_the_rest_is_fetched_again() {
 async fn a_partial_image_in_a_slot_that_grew_is_gone_on_with() {
     let mut scene = scene().await;
     let notice = cut_off_after_three_groups(&mut scene).await;
-    let slot = OpenOptions::new()
-        .write(true)
-        .open(scene.device.slot_path("b"))
-        .unwrap();
+    let slot = spare(&scene);
     let end = slot.metadata().unwrap().len();
     slot.write_all_at(&[0xee; 100_000], end).unwrap();
     let (asked, written) = go_on(&mut scene, notice).await;
