@@ -55,8 +55,9 @@ fn the_tour_of_the_readme_works_word_for_word() {
     let dir = TempDir::with_prefix("fwpush-tour-").unwrap();
     let binaries = bin("fwpush").parent().unwrap().to_owned();
     let path = format!("{}:{}", binaries.display(), env::var("PATH").unwrap());
-    // Jobs are numbered as at a prompt; what the script leaves running ends with it.
-    let script = format!("set -m\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{script}\n");
+    // Jobs of their own as at a prompt. The tour ends what it began; what a tour that failed leaves running ends with it.
+    let script =
+        format!("set -m\ntrap 'kill $(jobs -p) 2> /dev/null || true' EXIT\n{script}\nwait\n");
     let mut bash = Command::new("timeout");
     bash.args(["300", "bash", "-c", &script])
         .current_dir(dir.path())
