@@ -449,13 +449,4 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn silence_is_borne_for_a_shorter_time_the_fewer_places_are_free() {
-        assert_eq!(patience(100, 100), limits::HANDSHAKE_TIME);
-        assert!(patience(50, 100) < limits::HANDSHAKE_TIME);
-        assert_eq!(patience(0, 100), limits::LEAST_PATIENCE);
-    }
-}
+mod tests;
