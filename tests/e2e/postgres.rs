@@ -4,12 +4,14 @@ use std::{process::Stdio, time::Duration};
 
 use fwpush_tests::{
     bins::bin,
+    client::Stream,
     postgres::postgres,
     process::Process,
     site::Site,
     wait::{LONG, until},
 };
 
+use tonic::Code;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -51,6 +53,35 @@ fn metric(site: &Site, name: &str) -> Option<String> {
     let text = site.metrics_text();
     let mut values = text.lines().filter_map(|line| line.strip_prefix(&name));
     values.next().map(str::to_owned)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_behind_the_one_that_registered_last_is_ended_and_the_next_is_not() {
+    let Some(postgres) = postgres() else { return };
+    let mut site = Site::new();
+    site.use_database(&postgres.url("fwpush"));
+    site.start();
+    site.add_device("dev-1");
+    // As by a node whose clock was far ahead.
+    let ahead = "UPDATE devices SET session_epoch = 9000000000000, version = '2.0.0'";
+    postgres.psql("fwpush", ahead).unwrap();
+    let channel = site.connect("dev-1").await;
+    let refused = Stream::register(channel.clone(), "dev-1").await;
+    let refused = refused.map(drop).unwrap_err();
+    assert_eq!(
+        (refused.code(), refused.message()),
+        (Code::Aborted, "a newer stream of this device took over")
+    );
+    assert_eq!(
+        site.device("dev-1")["device"]["current"]["version"],
+        "2.0.0"
+    );
+    // It comes again, as every agent does: nobody is kept out by a clock.
+    Stream::register(channel, "dev-1").await.unwrap();
+    assert_eq!(
+        site.device("dev-1")["device"]["current"]["version"],
+        "1.0.0"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
